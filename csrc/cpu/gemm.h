@@ -1,0 +1,251 @@
+// out[m, n] = x[m, k] * w[n, k]^T with weights kept in their stored form, two ways:
+//   stream  few rows of x: each weight is decoded in registers on its way from memory and used at once;
+//   panel   many rows: a panel of weights is decoded to f32 once (L2) and multiplied as rows of a register-tiled
+//           product, the rows of x lying in vector lanes (packed once: `pack`), so weights are never transposed.
+// Both accumulate in f32 in an order that depends on shapes alone, never on the number of threads.
+#pragma once
+#include "microkernel.h"
+
+namespace kn::KN_ISA {
+
+constexpr int64_t STREAM_ROWS = 8;   // up to here x is streamed against
+constexpr int64_t KC = 256;          // depth of a weight panel: two scale blocks
+constexpr int64_t NC = 96;           // rows of a weight panel: 96 x 272 f32 = 104 KB of L2
+constexpr int64_t LDP = KC + 16;     // panel stride: 1088 bytes, not a multiple of a page
+constexpr int64_t MC = 256;          // rows of x packed at a time
+constexpr int64_t LDC = MC + 16;
+
+struct Fp8Weights {
+    using T = fp8;
+    const fp8* codes;
+    const float* scale;  // [n/128, k/128]
+    int64_t n, k;
+    static constexpr float UNIT = FP8_UNIT;  // `step` yields value / UNIT
+
+    float block_scale(int64_t row, int64_t k0) const { return scale[row / 128 * ceil_div(k, 128) + k0 / 128]; }
+    void decode(int64_t row, int64_t k0, int64_t kc, float* dst) const {
+        for (int64_t p = 0; p < kc; p += 128)
+            decode_fp8(codes + row * k + k0 + p, block_scale(row, k0 + p), dst + p, min64(128, kc - p));
+    }
+    static Step step(const fp8* p, NanSeen& nan) { return load_fp8_step(p, nan); }
+    static vf part(const fp8* p, int64_t n) { return load_fp8_n(p, n); }
+    bool row_has_nan(int64_t row, int64_t k0, int64_t kc) const {
+        const fp8* p = codes + row * k + k0;
+        bool found = false;
+        for (int64_t i = 0; i < kc; ++i) found |= fp8_is_nan(p[i]);
+        return found;
+    }
+    bool tail_has_nan(int64_t row, int64_t from, int64_t to) const {
+        bool found = false;
+        for (int64_t i = from; i < to; ++i) found |= fp8_is_nan(codes[row * k + i]);
+        return found;
+    }
+};
+
+struct Bf16Weights {
+    using T = bf16;
+    const bf16* codes;
+    int64_t n, k;
+    static constexpr float UNIT = 1.0f;
+
+    float block_scale(int64_t, int64_t) const { return 1.0f; }
+    void decode(int64_t row, int64_t k0, int64_t kc, float* dst) const { decode_bf16(codes + row * k + k0, dst, kc); }
+    static Step step(const bf16* p, NanSeen&) {
+        Step s;
+        KN_UNROLL for (int j = 0; j < STEP / W; ++j) s.v[j] = load_bf16(p + j * W);
+        return s;
+    }
+    static vf part(const bf16* p, int64_t n) { return load_bf16_n(p, n); }
+    bool row_has_nan(int64_t, int64_t, int64_t) const { return false; }  // a bf16 NaN decodes to NaN by itself
+    bool tail_has_nan(int64_t, int64_t, int64_t) const { return false; }
+};
+
+// ---------------------------------------------------------------- stream
+
+#if defined(__AVX512F__)
+constexpr int STREAM_ACC = 24;
+#else
+constexpr int STREAM_ACC = 12;
+#endif
+constexpr int64_t STREAM_CHUNK = 8192;  // floats of x at a time: 32 KB of L1
+constexpr int64_t STREAM_BLOCK = 128;   // weight rows that share a row of scales
+
+template <int M> constexpr int stream_rows() { return STREAM_ACC / M < 1 ? 1 : STREAM_ACC / M > 4 ? 4 : STREAM_ACC / M; }
+
+// sums[r, j] += row r of w . x[j] over kc values.
+template <int R, int M, class Weights>
+KN_INLINE void stream_tile(const Weights& w, int64_t row, int64_t k0, int64_t kc, const float* x, int64_t ldx, float* sums) {
+    vf acc[R][M];
+    KN_UNROLL for (int r = 0; r < R; ++r)
+        KN_UNROLL for (int j = 0; j < M; ++j) acc[r][j] = zero();
+    NanSeen nan;
+    const typename Weights::T* p = w.codes + row * w.k + k0;
+    int64_t i = 0;
+    for (; i + STEP <= kc; i += STEP) {
+        KN_UNROLL for (int r = 0; r < R; ++r) {
+            Step s = Weights::step(p + r * w.k + i, nan);
+            KN_UNROLL for (int j = 0; j < M; ++j)
+                KN_UNROLL for (int q = 0; q < STEP / W; ++q) acc[r][j] = fma(s.v[q], load(x + j * ldx + i + q * W), acc[r][j]);
+        }
+    }
+    bool redo = nan.any();
+    if (i < kc) {
+        for (int64_t q = i; q < kc; q += W)
+            KN_UNROLL for (int r = 0; r < R; ++r) {
+                vf v = Weights::part(p + r * w.k + q, kc - q);
+                KN_UNROLL for (int j = 0; j < M; ++j) acc[r][j] = fma(v, load_n(x + j * ldx + q, kc - q), acc[r][j]);
+            }
+        for (int r = 0; r < R; ++r) redo |= w.tail_has_nan(row + r, k0 + i, k0 + kc);
+    }
+    KN_UNROLL for (int r = 0; r < R; ++r)
+        KN_UNROLL for (int j = 0; j < M; ++j) sums[r * M + j] += hsum(acc[r][j]);
+    if (__builtin_expect(redo, 0))  // a NaN code makes every sum of its row NaN
+        for (int r = 0; r < R; ++r)
+            if (w.row_has_nan(row + r, k0, kc))
+                for (int j = 0; j < M; ++j) sums[r * M + j] = bits_to_float(0x7FC00000);
+}
+
+// emit(row, sums[M]) for each weight row in [n0, n1); x is f32 [M, k].
+template <int M, class Weights, class Emit>
+static void stream_m(const Weights& w, int64_t n0, int64_t n1, const float* x, const Emit& emit) {
+    constexpr int R = stream_rows<M>();
+    constexpr int64_t chunk = STREAM_CHUNK / M / 128 * 128;
+    alignas(64) float scaled[M * chunk];
+    alignas(64) float sums[STREAM_BLOCK * M];
+    for (int64_t b0 = n0; b0 < n1;) {
+        const int64_t b1 = min64(n1, (b0 / STREAM_BLOCK + 1) * STREAM_BLOCK);
+        for (int64_t i = 0; i < (b1 - b0) * M; ++i) sums[i] = 0;
+        for (int64_t k0 = 0; k0 < w.k; k0 += chunk) {
+            const int64_t kc = min64(chunk, w.k - k0);
+            // The scales of this block row go into x once for its 128 rows: the inner loop multiplies no scale.
+            for (int64_t q = 0; q < kc; q += 128) {
+                const vf s = set1(w.block_scale(b0, k0 + q) * Weights::UNIT);
+                for (int j = 0; j < M; ++j)
+                    for (int64_t i = q; i < min64(q + 128, kc); i += W) {
+                        const int64_t left = min64(kc, q + 128) - i;
+                        store_n(scaled + j * chunk + i, mul(load_n(x + j * w.k + k0 + i, left), s), left);
+                    }
+            }
+            int64_t row = b0;
+            for (; row + R <= b1; row += R) stream_tile<R, M>(w, row, k0, kc, scaled, chunk, sums + (row - b0) * M);
+            for (; row < b1; ++row) stream_tile<1, M>(w, row, k0, kc, scaled, chunk, sums + (row - b0) * M);
+        }
+        for (int64_t row = b0; row < b1; ++row) emit(row, sums + (row - b0) * M);
+        b0 = b1;
+    }
+}
+
+template <class Weights, class Emit>
+static void stream(int64_t m, const Weights& w, int64_t n0, int64_t n1, const float* x, const Emit& emit) {
+    switch (m) {
+        case 1: return stream_m<1>(w, n0, n1, x, emit);
+        case 2: return stream_m<2>(w, n0, n1, x, emit);
+        case 3: return stream_m<3>(w, n0, n1, x, emit);
+        case 4: return stream_m<4>(w, n0, n1, x, emit);
+        case 5: return stream_m<5>(w, n0, n1, x, emit);
+        case 6: return stream_m<6>(w, n0, n1, x, emit);
+        case 7: return stream_m<7>(w, n0, n1, x, emit);
+        case 8: return stream_m<8>(w, n0, n1, x, emit);
+    }
+}
+
+// ---------------------------------------------------------------- panel
+
+// W x W values of f32 rows (stride `lds`) turned into lanes: dst[p * ldd + i] = src[i * lds + p].
+KN_INLINE void transpose(const float* src, int64_t lds, float* dst, int64_t ldd) {
+#if defined(__AVX512F__)
+    __m512 r[16], t[16];
+    KN_UNROLL for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(src + i * lds);
+    KN_UNROLL for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+    KN_UNROLL for (int i = 0; i < 16; i += 4) {
+        auto d = [](__m512 x) { return _mm512_castps_pd(x); };
+        auto f = [](__m512d x) { return _mm512_castpd_ps(x); };
+        r[i] = f(_mm512_unpacklo_pd(d(t[i]), d(t[i + 2])));
+        r[i + 1] = f(_mm512_unpackhi_pd(d(t[i]), d(t[i + 2])));
+        r[i + 2] = f(_mm512_unpacklo_pd(d(t[i + 1]), d(t[i + 3])));
+        r[i + 3] = f(_mm512_unpackhi_pd(d(t[i + 1]), d(t[i + 3])));
+    }
+    KN_UNROLL for (int i = 0; i < 4; ++i) {
+        t[i] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xDD);
+        t[i + 8] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xDD);
+    }
+    KN_UNROLL for (int i = 0; i < 4; ++i) {
+        _mm512_storeu_ps(dst + i * ldd, _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88));
+        _mm512_storeu_ps(dst + (i + 8) * ldd, _mm512_shuffle_f32x4(t[i], t[i + 8], 0xDD));
+        _mm512_storeu_ps(dst + (i + 4) * ldd, _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88));
+        _mm512_storeu_ps(dst + (i + 12) * ldd, _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xDD));
+    }
+#else
+    for (int p = 0; p < W; ++p)
+        for (int i = 0; i < W; ++i) dst[p * ldd + i] = src[i * lds + p];
+#endif
+}
+
+// Rows of x into lanes: slab s of the packed form is [k, LANES] and holds rows s*LANES.. ; missing rows are zero.
+// decode(row, k0, kc, dst) writes f32 values of one row. Packs depths [k0, k1), k0 a multiple of 128.
+template <class Decode>
+static void pack(int64_t m, int64_t k, int64_t k0, int64_t k1, float* packed, const Decode& decode) {
+    alignas(64) float rows[W][128 + 16];
+    for (int64_t m0 = 0; m0 < m; m0 += W) {
+        float* slab = packed + m0 / LANES * k * LANES + m0 % LANES;
+        for (int64_t p = k0; p < k1; p += 128) {
+            const int64_t kc = min64(128, k1 - p);
+            for (int64_t i = 0; i < W; ++i) {
+                if (m0 + i < m)
+                    decode(m0 + i, p, kc, rows[i]);
+                else
+                    std::memset(rows[i], 0, sizeof rows[i]);
+            }
+            for (int64_t q = 0; q < kc; q += W) {
+                if (kc - q >= W) {
+                    transpose(rows[0] + q, 128 + 16, slab + (p + q) * LANES, LANES);
+                } else {
+                    for (int64_t r = q; r < kc; ++r)
+                        for (int i = 0; i < W; ++i) slab[(p + r) * LANES + i] = rows[i][r];
+                }
+            }
+        }
+    }
+}
+
+constexpr int64_t packed_floats(int64_t m, int64_t k) { return ceil_div(m < MC ? m : MC, LANES) * LANES * k; }
+
+struct PanelScratch {
+    alignas(64) float panel[NC * LDP];
+    alignas(64) float sums[NC * LDC];
+};
+
+// emit(row0, rows, sums, m): sums[r * LDC + j] is the product of weight row row0 + r and x row j, m <= MC rows of x.
+template <class Weights, class Emit>
+static void panel(int64_t m, const Weights& w, int64_t n0, int64_t n1, const float* packed, PanelScratch& s, const Emit& emit) {
+    const int64_t k = w.k;
+    for (int64_t r0 = n0; r0 < n1; r0 += NC) {
+        const int64_t rows = min64(NC, n1 - r0);
+        if (k == 0) std::memset(s.sums, 0, sizeof s.sums);
+        for (int64_t k0 = 0; k0 < k; k0 += KC) {
+            const int64_t kc = min64(KC, k - k0);
+            for (int64_t r = 0; r < rows; ++r) w.decode(r0 + r, k0, kc, s.panel + r * LDP);
+            for (int64_t j = 0; j < m; j += LANES)  // a slab of x (32 KB) stays in L1 for all rows of the panel
+                block<LDP, 1>(rows, ceil_div(min64(LANES, m - j), W), kc, s.panel, packed + (j / LANES * k + k0) * LANES, LANES,
+                              s.sums + j, LDC, k0 > 0);
+        }
+        emit(r0, rows, s.sums, m);
+    }
+}
+
+// Write a block of sums, lanes running along x rows, to out[x row, weight row].
+KN_INLINE void store_transposed(void* out, Dtype dtype, int64_t ldo, int64_t m0, int64_t m, int64_t row0, int64_t rows,
+                                const float* sums) {
+    alignas(64) float line[NC];
+    for (int64_t j = 0; j < m; ++j) {
+        for (int64_t r = 0; r < rows; ++r) line[r] = sums[r * LDC + j];
+        for (int64_t r = 0; r < rows; r += W) store_out(out, dtype, (m0 + j) * ldo + row0 + r, load(line + r), rows - r);
+    }
+}
+
+}  // namespace kn::KN_ISA

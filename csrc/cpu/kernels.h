@@ -1,0 +1,42 @@
+// The list of CPU kernels: name, params struct. One line here makes a kernel part of every ISA's table.
+#pragma once
+#include "fp8_gemm.h"
+#include "fp8_quantize.h"
+
+#define KN_KERNELS(X)           \
+    X(fp8_quantize, Fp8Quantize) \
+    X(fp8_gemm, Fp8Gemm)
+
+namespace kn {
+
+struct Kernels {
+    const char* isa;
+#define KN_FIELD(name, Params) void (*name)(const Params&);
+    KN_KERNELS(KN_FIELD)
+#undef KN_FIELD
+};
+
+#define KN_DECLARE(name, Params) void name(const Params&);
+namespace base {
+KN_KERNELS(KN_DECLARE)
+extern const Kernels table;
+}  // namespace base
+#if defined(__x86_64__)
+namespace avx2 {
+KN_KERNELS(KN_DECLARE)
+extern const Kernels table;
+}  // namespace avx2
+namespace avx512 {
+KN_KERNELS(KN_DECLARE)
+extern const Kernels table;
+}  // namespace avx512
+#endif
+#undef KN_DECLARE
+
+// The tables this machine can run, slowest first, and the one in use.
+int isa_count();
+const Kernels& isa(int i);
+const Kernels& kernels();
+bool use_isa(const char* name);  // false where the machine lacks it
+
+}  // namespace kn

@@ -1,0 +1,36 @@
+// kernomics._cpu: the CPU kernels, each called with inputs, outputs, workspace, scalars, threads.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdlib>
+
+#include "caster.h"
+#include "cpu/kernels.h"
+
+namespace nb = nanobind;
+using namespace kn;
+using T = TensorView;
+
+#define KERNEL(name, ...) m.def(#name, __VA_ARGS__, nb::call_guard<nb::gil_scoped_release>())
+
+NB_MODULE(_cpu, m) {
+    m.def("isas", [] {
+        std::vector<std::string> names;
+        for (int i = 0; i < isa_count(); ++i) names.push_back(isa(i).isa);
+        return names;
+    }, "Instruction sets this machine runs, slowest first.");
+    m.def("isa", [] { return std::string(kernels().isa); }, "The instruction set in use.");
+    m.def("use_isa", [](const std::string& name) {
+        if (!use_isa(name.c_str())) throw nb::value_error(("this machine does not run isa '" + name + "'").c_str());
+    }, "Use this instruction set from now on.");
+    if (const char* name = std::getenv("KERNOMICS_ISA"))
+        if (!use_isa(name)) throw nb::import_error((std::string("KERNOMICS_ISA=") + name + ": this machine does not run it").c_str());
+
+    KERNEL(fp8_quantize, [](T x, T codes, T scale, T, int b0, int b1, int pow2, double floor, int threads) {
+        kernels().fp8_quantize({x, codes, scale, b0, b1, pow2 == 1, float(floor), threads});
+    });
+    KERNEL(fp8_gemm, [](T a, T as, T b, T bs, T c, T ws, int, int threads) {
+        kernels().fp8_gemm({a, as, b, bs, c, ws, threads});
+    });
+}

@@ -1,0 +1,34 @@
+"""The ``kernomics`` command: each subcommand imports what it needs when it runs."""
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False,
+                  help="The attention/MoE core of DeepSeek-class models: check it, time it, price it.")
+
+
+@app.callback()
+def root():
+    """Kernels plus economics."""
+
+
+@app.command()
+def price(
+    model: str = typer.Option("deepseek-v3", help="deepseek-v3, or the path of a Hugging Face config.json of its family."),
+    chip: list[str] = typer.Option([], help="A chip of chips.toml, or this; repeatable. Default: this machine and six more."),
+    dollars_per_hour: list[str] = typer.Option([], help="h200=2.5, or a number for every chip; repeatable."),
+    batch: int = typer.Option(64, help="Sequences per decode step."),
+    context: int = typer.Option(4096, help="Tokens in cache per sequence, the new one included."),
+    chunk: int = typer.Option(4096, help="Tokens of the prompt that a prefill step takes in."),
+    phase: str = typer.Option("both", help="decode, prefill or both."),
+    records: str = typer.Option(None, help="Bench records: a .jsonl file or a folder. Default: the installed ones."),
+    plot: str = typer.Option("out/roofline.png", help="Where to write the roofline plot; an empty string writes none."),
+    json: bool = typer.Option(False, "--json", help="Print JSON instead of tables, and write no plot."),
+):
+    """What a million tokens cost: seconds per layer from this machine's bench and from rooflines, then $/Mtoken."""
+    from kernomics.cost import CostError, report
+
+    try:
+        report.main(model, chip, dollars_per_hour, batch, context, chunk, phase, records, None if json else plot, json)
+    except CostError as error:
+        typer.echo(f"kernomics price: {error}", err=True)
+        raise typer.Exit(2) from None

@@ -1,0 +1,114 @@
+"""Seconds of a step, row by row, on a chip; and from them tokens per second and dollars per million tokens."""
+
+from dataclasses import dataclass
+
+from kernomics.cost import Unknown
+from kernomics.cost.economics import chips_needed, dollars_per_mtoken, roofline_seconds, shared_seconds, tokens_per_second
+from kernomics.cost.measured import BOUND, INTERPOLATED, MEASURED, weakest
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Seconds of one call of a row on a chip, and how they are known; ``seconds`` None where a figure is unknown."""
+
+    row: object
+    seconds: float | None
+    mark: str
+    why: str = ""
+
+    @property
+    def step_seconds(self):
+        return None if self.seconds is None else self.row.count * self.seconds
+
+
+def bound(row, chip):
+    """Roofline seconds of one call; elementwise rows are bounded by their bytes alone."""
+    work = row.work
+    bandwidth = chip.need("bytes_per_s")
+    if row.dtype is None:
+        return work.bytes / bandwidth
+    return roofline_seconds(work.flops, chip.need(f"flops_{row.dtype}"), work.bytes, bandwidth)
+
+
+def time(row, chip, measured):
+    """A row's seconds from the best source there is: a record, two records around it, the roofline."""
+    found = measured.seconds(chip.key, row.op, row.dims) if row.op else None
+    if found and found[1] == MEASURED:
+        return Timed(row, *found)
+    try:
+        limit = bound(row, chip)
+    except Unknown as error:
+        return Timed(row, *found) if found else Timed(row, None, BOUND, str(error))
+    if found:
+        return Timed(row, max(found[0], limit), INTERPOLATED)  # between two points, yet never faster than the roofline
+    return Timed(row, limit, BOUND)
+
+
+@dataclass(frozen=True)
+class Price:
+    """One step of a model on a chip: ``tokens`` tokens in ``seconds`` on ``chips`` chips."""
+
+    chip: object
+    timed: list
+    tokens: int
+    users: int
+    chips: int | None  # the fewest that hold weights and KV cache; None: memory unknown, priced as if one held it
+    dollars_per_hour: float | None
+
+    def layer_seconds(self, *layers):
+        """Seconds of one layer made of these kinds of rows, on one chip; None where a figure is unknown."""
+        return _sum([t.seconds for t in self.timed if t.row.layer in layers])
+
+    @property
+    def chip_seconds(self):
+        """Seconds of the step's work on one chip."""
+        return _sum([t.step_seconds for t in self.timed])
+
+    @property
+    def seconds(self):
+        """Seconds of the step on all the chips it needs, sharing the work perfectly."""
+        return None if self.chip_seconds is None else shared_seconds(self.chip_seconds, self.chips or 1)
+
+    @property
+    def mark(self):
+        """Of the step: a bound if any row is one, or if chips share the work without communication."""
+        return weakest([t.mark for t in self.timed] + ([BOUND] if (self.chips or 1) > 1 else []))
+
+    @property
+    def share(self):
+        """Part of the step's seconds by mark."""
+        if not self.chip_seconds:
+            return {}
+        return {mark: sum(t.step_seconds for t in self.timed if t.mark == mark) / self.chip_seconds
+                for mark in (MEASURED, INTERPOLATED, BOUND)}
+
+    @property
+    def tokens_per_s_per_chip(self):
+        return None if self.chip_seconds is None else tokens_per_second(self.tokens, self.chip_seconds)
+
+    @property
+    def tokens_per_s_per_user(self):
+        return None if self.seconds is None else tokens_per_second(self.tokens / self.users, self.seconds)
+
+    @property
+    def dollars_per_mtoken(self):
+        if self.dollars_per_hour is None or self.tokens_per_s_per_chip is None:
+            return None
+        return dollars_per_mtoken(self.dollars_per_hour, self.tokens_per_s_per_chip)
+
+    @property
+    def unknown(self):
+        """What stands in the way of a time, each reason once."""
+        return list(dict.fromkeys(t.why for t in self.timed if t.why))
+
+
+def price(rows, chip, measured, *, tokens, users, memory, dollars_per_hour=None):
+    """The Price of a step: its rows, the tokens it makes, the users it serves and the bytes it must hold."""
+    room = chip.get("memory_bytes")
+    dollars = chip.get("dollars_per_hour") if dollars_per_hour is None else dollars_per_hour
+    return Price(chip, [time(row, chip, measured) for row in rows], tokens, users,
+                 chips_needed(memory, room) if room else None, dollars)
+
+
+def _sum(values):
+    return None if None in values else sum(values)

@@ -1,0 +1,272 @@
+"""``kernomics price``: the inventory of a model, seconds per layer by op and chip, tokens/s and $/Mtoken."""
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from kernomics.cost import chips as chip_files
+from kernomics.cost import wrong
+from kernomics.cost.measured import BOUND, INTERPOLATED, MEASURED, Measured, read, weakest
+from kernomics.cost.model import NEGLECTED, PUBLISHED, Model
+from kernomics.cost.price import price
+
+DEFAULT_CHIPS = ("h200", "h100", "b200", "mi300x", "tpu-v5p", "trainium2")
+PHASES = ("decode", "prefill")
+THIS = "this"
+SIGN = {MEASURED: ("●", "green"), INTERPOLATED: ("◐", "yellow"), BOUND: ("○", "dim")}
+WIDTH = 100
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def choose_chips(names, measured):
+    """The chips named (``this``: the machine measured last), by default this machine and the six known."""
+    known, machine = chip_files.load(), measured.machine()
+    for key in {r["chip"] for r in measured.records} - set(known):
+        known[key] = chip_files.from_records(key, measured.ceilings(key), measured.date(key))
+    if not names:
+        names = ([machine] if machine else []) + list(DEFAULT_CHIPS)
+    chosen = {}
+    for name in names:
+        key = machine if name == THIS and machine else name
+        if key not in known:
+            raise wrong("chip", name, ", ".join([*sorted(known), THIS] if machine else sorted(known)))
+        chosen[key] = known[key]
+    return list(chosen.values())
+
+
+def parse_dollars(entries, chips):
+    """{chip key: $/h} from ``h200=2.5`` entries; a number alone is for every chip."""
+    keys, machine, dollars = [c.key for c in chips], next((c.key for c in chips if c.key.startswith("cpu-")), None), {}
+    for entry in entries or ():
+        key, sep, number = entry.rpartition("=")
+        key = machine if key == THIS and machine else key
+        if sep and key not in keys:
+            raise wrong("dollars-per-hour: chip", key, ", ".join(keys))
+        try:
+            value = float(number)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value < float("inf"):
+            raise wrong("dollars-per-hour", entry, "a number, or chip=number, in $/h")
+        dollars.update(dict.fromkeys([key] if sep else keys, value))
+    return dollars
+
+
+def _at_least_one(**counts):
+    for name, value in counts.items():
+        if value < 1:
+            raise wrong(name, value, "an integer of at least 1")
+
+
+# ---------------------------------------------------------------- numbers for reading
+
+
+def seconds_text(s):
+    """1.23e-5 -> '12.3us'"""
+    for unit, size in (("s", 1), ("ms", 1e-3), ("us", 1e-6), ("ns", 1e-9)):
+        if s >= 0.9995 * size or unit == "ns":
+            return f"{_three(s / size)}{unit}"
+
+
+def si(x, unit=""):
+    """7.03e11 -> '703 G'"""
+    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if x >= 0.9995 * size:
+            return f"{_three(x / size)} {prefix}{unit}"
+    return f"{_three(x)} {unit}".rstrip()
+
+
+def _three(x):
+    """Three significant digits."""
+    return f"{x:.0f}" if x >= 99.95 else f"{x:.1f}" if x >= 9.995 else f"{x:.2f}"
+
+
+def _money(x):
+    return "-" if x is None else f"{x:,.0f}" if x >= 999.5 else f"{_three(x)}" if x >= 0.0995 else f"{x:.3g}"
+
+
+SHAPES = {
+    "fp8_quantize": "{m}x{k}", "fp8_gemm": "{m}x{n}x{k}", "mla_append_kv": "{t} tokens", "mla_decode": "{b} x {s} keys",
+    "mla_prefill": "{t} tokens", "moe_route": "{t}x{e}", "moe_experts": "{active} of {e}", "moe_experts_bf16": "{active} of {e}",
+    "swiglu_quantize": "{t}x{n}",
+}
+
+
+def _shape(row):
+    return SHAPES[row.op].format(**row.dims) if row.op else "x".join(map(str, row.dims.values()))
+
+
+def _title(chip):
+    return "this CPU" if chip.key.startswith("cpu-") else chip.key
+
+
+# ---------------------------------------------------------------- tables
+
+
+def model_table(model, steps):
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    billions = "{:.2f} B".format
+    published = PUBLISHED.get(model.name)
+    table.add_row("parameters", billions(model.total_params / 1e9), f"published: {published}" if published else "")
+    table.add_row("active per token", billions(model.active_params / 1e9), "with the input embedding")
+    table.add_row("multiplied per token", billions(model.active_params_no_embedding / 1e9), "without it: a look-up")
+    if model.mtp_params:
+        table.add_row("MTP module", billions(model.mtp_params / 1e9), "beside the total, not priced")
+    table.add_row("weights", si(model.weight_bytes, "B"), f"projections and experts {model.weights}, the rest bf16")
+    table.add_row("KV cache per token", f"{model.kv_bytes_per_token():,} B",
+                  f"bf16; {model.kv_bytes_per_token('fp8'):,} B in the 656-byte FP8 layout")
+    for label, rows in steps.items():
+        flops, size = (sum(r.count * getattr(r.work, f) for r in rows) for f in ("flops", "bytes"))
+        table.add_row(f"{label} step", si(flops, "FLOP"), f"{si(size, 'B')} to move: {_three(flops / size)} FLOP/B")
+    return table
+
+
+LAYERS = {"attention": "attention, each layer", "dense": "dense MLP", "moe": "MoE", "head": "output head"}
+
+
+def layer_table(prices):
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("op", no_wrap=True)
+    table.add_column("shape", style="dim", no_wrap=True)
+    only = [marks.pop() if len(marks := {t.mark for t in p.timed}) == 1 else None for p in prices]
+    for p, mark in zip(prices, only, strict=True):  # a mark that all of a column share stands in its head
+        table.add_column(f"{_title(p.chip)}\n{mark or ''}", justify="right", no_wrap=True)
+
+    def cell(seconds, mark, shared):
+        if seconds is None:
+            return Text("unknown", style="red")
+        sign, style = SIGN[mark]
+        return Text(seconds_text(seconds) if shared else f"{seconds_text(seconds)} {sign}", style=style)
+
+    def total(label, seconds, layers):
+        marks = [weakest([t.mark for t in p.timed if t.row.layer in layers]) for p in prices]
+        table.add_row(Text(label, style="bold"), "", *map(cell, map(seconds, prices), marks, only))
+
+    rows = [t.row for t in prices[0].timed]
+    for layer, label in LAYERS.items():
+        numbers = [i for i, row in enumerate(rows) if row.layer == layer]
+        if numbers:
+            table.add_row(Text(f"{label} (x {rows[numbers[0]].count})", style="bold"))
+        for i in numbers:
+            cells = [cell(p.timed[i].seconds, p.timed[i].mark, shared) for p, shared in zip(prices, only, strict=True)]
+            table.add_row(f"  {rows[i].name}", _shape(rows[i]), *cells)
+    for layer in ("dense", "moe"):
+        if any(row.layer == layer for row in rows):
+            kinds = ("attention", layer)
+            total(f"one {layer.replace('moe', 'MoE')} layer", lambda p, kinds=kinds: p.layer_seconds(*kinds), kinds)
+    total("step on one chip", lambda p: p.chip_seconds, tuple(LAYERS))
+    return table
+
+
+def price_table(prices, decode):
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    heads = ["chip", "chips", "step", "tok/s/user", "tok/s/chip", "$/h", f"$/Mtok {'out' if decode else 'in'}", "the step is"]
+    for name in heads if decode else [h for h in heads if h != "tok/s/user"]:
+        table.add_column(name, justify="left" if name in ("chip", "the step is") else "right", no_wrap=name != "the step is")
+    for p in prices:
+        figure = p.chip.figures["dollars_per_hour"]
+        source = {"estimate": " est.", "vendor": " list"}.get(figure.status, "") if p.dollars_per_hour == figure.value else ""
+        rent, speeds = _money(p.dollars_per_hour) + source, [p.tokens_per_s_per_user, p.tokens_per_s_per_chip][not decode:]
+        if p.seconds is None:
+            known = ["unknown", *["unknown"] * len(speeds), rent, "-", Text("; ".join(p.unknown), style="red")]
+        else:
+            parts = ", ".join(f"{100 * s:.0f}% {m}" for m, s in p.share.items() if s >= 0.005)
+            state = Text(p.mark if p.share[p.mark] > 0.995 else f"{p.mark}: {parts}", style=SIGN[p.mark][1])
+            known = [seconds_text(p.seconds), *map(si, speeds), rent, _money(p.dollars_per_mtoken), state]
+        table.add_row(_title(p.chip), str(p.chips or "?"), *known)
+    return table
+
+
+def _notes(chips, measured, prices):
+    yield "● measured  ◐ interpolated between two measured points  ○ bound: the roofline, which the chip cannot beat"
+    yield "chips: the fewest that hold weights and KV cache. They share the step without communication, so it is a bound."
+    yield "Experts are drawn uniformly. Not counted: " + ", ".join(NEGLECTED) + "."
+    machine = next((c for c in chips if c.key.startswith("cpu-")), None)
+    if machine:
+        priced = any(p.dollars_per_hour is not None for p in prices if p.chip is machine)
+        day = measured.date(machine.key)[:10]
+        yield "".join((f"this CPU: {machine.key}", f", measured {day}" if day else "",
+                       "" if machine.get("memory_bytes") else "; memory unknown, priced as if one held the model",
+                       "" if priced else "; give its price with --dollars-per-hour this=..."))
+    elif not measured.records:
+        yield "No measurements found: run `kernomics bench`, or name a folder with --records."
+    unknown = [c.key for c in chips if c is not machine and c.get("dollars_per_hour") is None]
+    if unknown:
+        yield f"$/h unknown: {', '.join(unknown)}; give it with --dollars-per-hour {unknown[0]}=..."
+
+
+# ---------------------------------------------------------------- the command
+
+
+def main(model="deepseek-v3", chip=(), dollars_per_hour=(), batch=64, context=4096, chunk=4096, phase="both", records=None,
+         plot=None, as_json=False):
+    """Print (or with ``as_json`` return as text) the price of a model's steps; see ``kernomics price --help``."""
+    if phase not in (*PHASES, "both"):
+        raise wrong("phase", phase, ", ".join((*PHASES, "both")))
+    _at_least_one(batch=batch, context=context, chunk=chunk)
+    measured = Measured(read(records))
+    chips = choose_chips(chip, measured)
+    dollars = parse_dollars(dollars_per_hour, chips)
+    model = Model.load(model)
+    steps, prices = {}, {}
+    for name in PHASES if phase == "both" else (phase,):
+        decode = name == "decode"
+        steps[name] = model.decode(batch, context) if decode else model.prefill(chunk)
+        prices[name] = [price(steps[name], c, measured, tokens=batch if decode else chunk, users=batch if decode else 1,
+                              memory=model.memory_bytes(batch, context) if decode else model.memory_bytes(1, chunk),
+                              dollars_per_hour=dollars.get(c.key)) for c in chips]
+    picture = None
+    if plot:
+        from kernomics.cost import roofline
+
+        picture = roofline.plot(Path(plot), chips, measured, steps)
+    if as_json:
+        print(json.dumps(as_dict(model, steps, prices), indent=1))
+        return
+    console = Console() if Console().is_terminal else Console(width=WIDTH)
+    console.print(f"[bold]{model.name}[/]: {model.layers} layers ({model.dense_layers} dense), hidden {model.d}, "
+                  f"{model.h} heads, {model.e} experts of {model.n}, {model.top_k} per token", highlight=False)
+    console.print(model_table(model, steps))
+    at = {"decode": f"batch {batch}, context {context}", "prefill": f"one prompt of {chunk} tokens"}
+    columns = max(1, (console.width - 36) // 9)
+    for name, priced in prices.items():
+        console.print(f"\n[bold]{name}[/], {at[name]}: seconds per call", highlight=False)
+        for i in range(0, len(priced), columns):
+            console.print(layer_table(priced[i:i + columns]))
+        console.print(f"\n[bold]{name}[/], {at[name]}: price", highlight=False)
+        console.print(price_table(priced, name == "decode"))
+    console.print()
+    for note in _notes(chips, measured, [p for ps in prices.values() for p in ps]):
+        console.print(note, highlight=False, style="dim")
+    if picture:
+        console.print(f"roofline: {picture}", highlight=False)
+
+
+def as_dict(model, steps, prices):
+    """Everything the tables show, and the FLOPs and bytes behind it, in SI units."""
+
+    def row(i, r, priced):
+        seconds = {p.chip.key: {"seconds": p.timed[i].seconds, "mark": p.timed[i].mark} for p in priced}
+        return {"layer": r.layer, "name": r.name, "op": r.op, "dims": r.dims, "dtype": r.dtype, "count": r.count,
+                "flops": r.work.flops, "bytes": r.work.bytes, "chips": seconds}
+
+    def chip(p):
+        return {"chips": p.chips, "seconds": p.seconds, "chip_seconds": p.chip_seconds, "mark": p.mark, "share": p.share,
+                "tokens_per_s_per_chip": p.tokens_per_s_per_chip, "tokens_per_s_per_user": p.tokens_per_s_per_user,
+                "dollars_per_hour": p.dollars_per_hour, "dollars_per_mtoken": p.dollars_per_mtoken, "unknown": p.unknown}
+
+    return {
+        "model": {"name": model.name, "total_params": model.total_params, "active_params": model.active_params,
+                  "active_params_no_embedding": model.active_params_no_embedding, "mtp_params": model.mtp_params,
+                  "weight_bytes": model.weight_bytes, "kv_bytes_per_token": model.kv_bytes_per_token()},
+        "phases": {name: {"rows": [row(i, r, prices[name]) for i, r in enumerate(rows)],
+                          "chips": {p.chip.key: chip(p) for p in prices[name]}} for name, rows in steps.items()},
+    }

@@ -1,0 +1,227 @@
+"""The ops in PyTorch: ``torch.ops.kernomics.<op>``, made from the contracts when torch and kernomics are both imported.
+
+For each op: a schema from the signature, a fake that checks the contract and allocates, and an implementation that
+is the fake plus a launch over raw addresses.
+"""
+
+import functools
+import threading
+
+import numpy as np
+import torch
+
+from kernomics import contract, numpy_ops
+from kernomics.contract import OPS, Dtypes
+from kernomics.numerics import BF16, FP8
+
+_BY_CODE = [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.uint8, torch.int32, torch.int64]
+contract.CODES.update({dtype: code for code, dtype in enumerate(_BY_CODE)})
+_NAMED = dict(zip(contract.NAMES, _BY_CODE))
+_library = torch.library.Library("kernomics", "DEF")
+_empty, _empty_strided, _threads = torch.empty, torch.empty_strided, torch.get_num_threads
+
+
+# ---------------------------------------------------------------- arrays
+
+
+def to_numpy(x):
+    """The same memory as a NumPy array (bf16 and FP8 through ml_dtypes)."""
+    x = x.detach()
+    if x.dtype == torch.bfloat16:
+        return x.view(torch.int16).numpy().view(BF16)
+    if x.dtype == torch.float8_e4m3fn:
+        return x.view(torch.uint8).numpy().view(FP8)
+    return x.numpy()
+
+
+def from_numpy(x):
+    """The same memory as a torch tensor."""
+    x = np.ascontiguousarray(x)
+    if x.dtype == BF16:
+        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+    if x.dtype == FP8:
+        return torch.from_numpy(x.view(np.uint8)).view(torch.float8_e4m3fn)
+    return torch.from_numpy(x)
+
+
+# ---------------------------------------------------------------- calls
+
+
+def _checks(op, tensors, dims, scalars, data):
+    values = {**dims, **dict(zip((s.name for s in op.scalars), scalars))}
+    if op.check is not None:
+        contract._call(op.check, {"error": op.error, **values})
+    if data and op.check_data is not None and tensors[0].device.type == "cpu":
+        named = contract._parameters(op.check_data)
+        values["error"] = op.error
+        values.update((n, x if x is None else to_numpy(x)) for n, x in zip(op.tensors, tensors) if n in named)
+        contract._call(op.check_data, values)
+
+
+def _refuse_grad(op, tensors):
+    for name, x in zip(op.tensors, tensors):
+        if x is not None and x.requires_grad:
+            raise op.error(name, "a tensor that requires grad", "no grad: this op has no backward yet (use torch.no_grad())")
+
+
+def _run(op, tensors, scalars, backend, device):
+    dims, codes, scalars, sizes = op.bind(*tensors, *scalars)
+    if op.check is not None or op.check_data is not None:
+        _checks(op, tensors, dims, scalars, True)
+    if op.contiguous:
+        for name, x in zip(op.tensors, tensors):
+            if name in op.contiguous and not x.is_contiguous():
+                raise op.error(name, f"strided {tuple(x.stride())}", "contiguous")
+    if backend == "reference":
+        arrays = [x if x is None else to_numpy(x.cpu()) for x in tensors]
+        result = numpy_ops.define(op, arrays, scalars, dims, codes)
+        return None if result is None else from_numpy(result) if len(op.outs) == 1 else tuple(map(from_numpy, result))
+    kernel = op.choose(device, dims, backend)
+    views, outs, keep = [], [], []
+    for x, code, size in zip(tensors, codes, sizes):
+        if code < 0:
+            views.append(numpy_ops.ABSENT)
+            continue
+        if not x.is_contiguous():
+            x = x.contiguous()
+            keep.append(x)  # alive until the launch
+        views.append((x.data_ptr(), code, size))
+    for shape, strides, code in op.shapes(dims, codes, scalars):
+        x = _empty_strided(shape, strides, dtype=_BY_CODE[code]) if strides else _empty(shape, dtype=_BY_CODE[code])
+        outs.append(x)
+        views.append((x.data_ptr(), code, shape))
+    if kernel.workspace is None:
+        views.append(numpy_ops.ABSENT)
+    else:
+        space = _workspace(kernel.workspace(dims, None))
+        views.append((space.data_ptr(), 3, (0,)))
+    (kernel.function or kernel.load())(*views, *numpy_ops.scalar_codes(op, scalars), _threads())
+    return outs[0] if len(outs) == 1 else tuple(outs) if outs else None
+
+
+_small = threading.local()
+
+
+def _workspace(size):
+    """Scratch memory: a thread's own kept buffer up to 1 MiB (an allocation costs microseconds), else fresh."""
+    if size > 1 << 20:
+        return _empty(size, dtype=torch.uint8)
+    try:
+        return _small.buffer
+    except AttributeError:
+        _small.buffer = _empty(1 << 20, dtype=torch.uint8)
+        return _small.buffer
+
+
+def _fake(op, tensors, scalars, backend):
+    dims, codes, scalars, _ = op.bind(*tensors, *scalars)
+    _checks(op, tensors, dims, scalars, False)
+    device = tensors[0].device
+    outs = [_empty(shape, dtype=_BY_CODE[code], device=device) for shape, _, code in op.shapes(dims, codes, scalars)]
+    return outs[0] if len(outs) == 1 else tuple(outs) if outs else None
+
+
+def _host(op, *args):
+    """Host code: NumPy on the tensors' values, tensors back."""
+    arrays = [x if x is None else to_numpy(x.cpu()) for x in args[: len(op.tensors)]]
+    result = op.numpy_call(*arrays, *args[len(op.tensors):])
+    return tuple(map(from_numpy, result)) if isinstance(result, tuple) else from_numpy(result)
+
+
+# ---------------------------------------------------------------- schema
+
+
+def _schema_type(scalar):
+    """(torch schema type, default as schema text) of a scalar."""
+    if isinstance(scalar.type, Dtypes):
+        return "ScalarType?", "None"
+    default = scalar.default
+    if scalar.choices:
+        return "str", f'"{default}"'
+    if scalar.type is bool:
+        return "bool", str(default)
+    if scalar.type in (int, float):
+        return scalar.type.__name__, repr(default)
+    return f"int[{len(default)}]", str(list(default))
+
+
+def schema(op):
+    """The op's torch schema; every tensor stands before ``*``, optional ones too, as autograd needs."""
+    words = []
+    for name, spec in op.tensors.items():
+        kind = "Tensor(a!)" if name in op.mutates else "Tensor?" if spec.optional else "Tensor"
+        words.append(f"{kind} {name}{'=None' if spec.optional and not _required_after(op, name) else ''}")
+    words.append("*")
+    for s in op.scalars:
+        kind, default = _schema_type(s)
+        words.append(f"{kind} {s.name}{'' if s.required else '=' + default}")
+    words.append("str? backend=None")
+    outs = ", ".join(["Tensor"] * len(op.outs))
+    return f"{op.name}({', '.join(words)}) -> {outs if len(op.outs) == 1 else f'({outs})'}"
+
+
+def _required_after(op, name):
+    names = list(op.tensors)
+    return any(not op.tensors[n].optional for n in names[names.index(name) + 1:])
+
+
+def _again(op, error, *args):
+    """Turn torch's complaint about an argument's type into the contract's own; any other error passes."""
+    if isinstance(error, (contract.ContractError, contract.NoKernel)):
+        raise error
+    for (name, spec), x in zip(op.tensors.items(), args):
+        if not (isinstance(x, torch.Tensor) or (x is None and spec.optional)):
+            raise op.error(name, f"a {type(x).__module__}.{type(x).__qualname__}", f"a torch tensor ({spec})") from None
+    for s, v in zip(op.scalars, args[len(op.tensors):]):
+        try:
+            s.normalize(v)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise op.error(s.name, repr(v), s.expected) from None
+    raise error
+
+
+def _make(op):
+    """Three functions with the op's own parameters: implementation, fake, and the call from ``kernomics.<op>``."""
+    names, scalars = list(op.tensors), [s.name for s in op.scalars]
+    declare = [n + ("=None" if op.tensors[n].optional and not _required_after(op, n) else "") for n in names] + ["*"]
+    for s in op.scalars:
+        default = None if isinstance(s.type, Dtypes) else s.default
+        declare.append(s.name if s.required else f"{s.name}={default!r}")
+    unset = "".join(f" if {s.name} is None: {s.name} = {s.default!r}\n" for s in op.scalars if isinstance(s.type, Dtypes))
+    tensors, values = "".join(n + ", " for n in names), "".join(n + ", " for n in scalars)
+    passed = [f"{s.name}=" + (f"None if {s.name} == {s.default!r} else NAMED[{s.name}]" if isinstance(s.type, Dtypes) else s.name)
+              for s in op.scalars]
+    normal = "\n  ".join(op.normalize)
+    grads = " or ".join(
+        (f"({n} is not None and {n}.requires_grad)" if spec.optional else f"{n}.requires_grad")
+        for n, spec in op.tensors.items() if {"f32", "bf16", "fp8"} & {t for alt in spec.alternatives for t in alt.dtypes})
+    refuse = f" if ({grads}) and grad_enabled(): refuse_grad(op, ({tensors}))\n"
+    source = (
+        f"def cpu({', '.join(declare)}, backend=None):\n{unset}{refuse} return run(op, ({tensors}), ({values}), backend, 'cpu')\n"
+        f"def cuda({', '.join(declare)}, backend=None):\n{unset}{refuse} return run(op, ({tensors}), ({values}), backend, 'cuda')\n"
+        f"def fake({', '.join(declare)}, backend=None):\n{unset}{refuse} return fake_run(op, ({tensors}), ({values}), backend)\n"
+        f"def call({tensors}{values}backend):\n try:\n  {normal or 'pass'}\n"
+        f"  return overload({tensors}{', '.join([*passed, 'backend=backend'])})\n"
+        f" except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error: again(error, {tensors}{values})\n"
+    )
+    scope = {"run": _run, "grad_enabled": torch.is_grad_enabled, "refuse_grad": _refuse_grad, "fake_run": _fake, "op": op, "NAMED": _NAMED, "again": functools.partial(_again, op), "INF": float("inf")}
+    scope.update({f"N{i}": s.normalize for i, s in enumerate(op.scalars)})
+    exec(compile(source, f"<torch binding of {op.name}>", "exec"), scope)
+    return scope
+
+
+def _register():
+    for op in OPS.values():
+        if op.host:
+            op.torch_call = functools.partial(_host, op)
+            continue
+        scope = _make(op)
+        _library.define(schema(op), tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(op.name, scope["cpu"], "CPU")
+        _library.impl(op.name, scope["cuda"], "CUDA")
+        torch.library.register_fake(f"kernomics::{op.name}", scope["fake"], lib=_library)
+        scope["overload"] = getattr(torch.ops.kernomics, op.name).default
+        op.torch_call = scope["call"]
+
+
+_register()

@@ -1,0 +1,407 @@
+"""The cost model: hand-derived parameter counts, work, marks, chips, dollars, and the errors of wrong input."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from kernomics.contract import OPS
+from kernomics.cost import CostError, Unknown, chips, economics, report
+from kernomics.cost.measured import BOUND, INTERPOLATED, MEASURED, Measured, log_log, read, weakest
+from kernomics.cost.model import Model
+from kernomics.cost.price import bound, price, time
+
+V3 = Model.load("deepseek-v3")
+CPU = "cpu-test-avx2-2t"
+CEILINGS = {"flops_f32": 100e9, "bytes_read": 20e9}
+
+
+def config(**changes):
+    text = (report.Path(report.__file__).parent / "configs" / "deepseek_v3.json").read_text()
+    return {**json.loads(text), **changes}
+
+
+def record(op, seconds, chip=CPU, **case):
+    return {"op": op, "chip": chip, "dims": case, "seconds_median": seconds, "ceilings": CEILINGS, "date": "2026-11-22"}
+
+
+def row_of(rows, name):
+    return next(r for r in rows if r.name == name)
+
+
+# ---------------------------------------------------------------- the model
+
+
+def test_parameters_of_v3_by_hand():
+    attention = 7168 * 1536 + 1536 + 1536 * 128 * 192 + 7168 * 576 + 512 + 512 * 128 * 256 + 128 * 128 * 7168 + 2 * 7168
+    expert, dense, router, embedding = 3 * 7168 * 2048, 3 * 7168 * 18432, 256 * 7168 + 256, 129280 * 7168
+    total = 61 * attention + 3 * dense + 58 * (router + 257 * expert) + 2 * embedding + 7168
+    assert V3.total_params == total == 671_026_419_200
+    assert V3.active_params == total - 58 * 248 * expert
+    assert V3.total_params == pytest.approx(671.03e9, rel=1e-3)
+    assert V3.active_params == pytest.approx(37.55e9, rel=1e-3)
+    assert V3.active_params_no_embedding == pytest.approx(36.62e9, rel=1e-3)
+    assert V3.total_params + V3.mtp_params == pytest.approx(685e9, rel=1e-3)  # the checkpoint's published size
+
+
+def test_memory_of_v3():
+    assert V3.kv_bytes_per_token() == 576 * 2 * 61 == 70_272
+    assert V3.kv_bytes_per_token("fp8") == 656 * 61
+    assert V3.total_params < V3.weight_bytes < 1.01 * V3.total_params  # one byte each, but for 1.9e9 bf16 ones and scales
+    assert V3.memory_bytes(2, 1000) == V3.weight_bytes + 2 * 1000 * 70_272
+    assert Model.load(config(quantization_config=None)).weight_bytes == 2 * V3.total_params
+
+
+def products(rows):
+    """FLOPs of the matrix products that hold weights."""
+    return sum(r.count * r.work.flops for r in rows if r.dtype and not r.name.startswith("MLA"))
+
+
+@pytest.mark.parametrize("b", [1, 64])
+def test_decode_flops_are_two_per_active_parameter_and_attention(b):
+    rows = V3.decode(b, 4096)
+    vectors = 61 * (1536 + 512 + 2 * 7168) + 7168 + 58 * 256  # norms and router biases multiply no matrix
+    assert products(rows) == 2 * b * (V3.active_params_no_embedding - vectors)
+    attention = sum(r.count * r.work.flops for r in rows if r.name == "MLA decode")
+    assert attention == pytest.approx(61 * 2 * b * 128 * 4096 * (576 + 512), rel=0.02)
+
+
+def test_prefill_flops_are_those_of_as_many_tokens():
+    rows, head = V3.prefill(256), 2 * 129280 * 7168
+    vectors = 61 * (1536 + 512 + 2 * 7168) + 7168 + 58 * 256
+    want = 256 * (2 * (V3.active_params_no_embedding - vectors) - head) + head  # the head sees the last token alone
+    assert products(rows) == want
+    attention = sum(r.count * r.work.flops for r in rows if r.name == "MLA prefill")
+    assert attention == pytest.approx(61 * 2 * 128 * (192 + 128) * 256 * 257 / 2, rel=0.05)
+
+
+def test_rows_take_their_work_from_the_rooms():
+    for row in V3.decode(16, 1024) + V3.prefill(512):
+        if row.op:
+            assert row.work == OPS[row.op].work(**row.dims)
+        assert row.work.bytes > 0 and row.count in (61, 3, 58, 1)
+
+
+def test_a_decode_step_reads_each_weight_in_use_once():
+    rows = V3.decode(1, 1)
+    read_bytes = sum(r.count * r.work.bytes for r in rows)
+    unread = 58 * 248 * 3 * 7168 * 2048 + 2 * 129280 * 7168  # idle experts, the embedding table
+    absorbed = 61 * 128 * 512 * 256  # W_uk and W_uv in bf16: a byte more each
+    assert read_bytes == pytest.approx(V3.weight_bytes - unread + absorbed, rel=0.01)
+
+
+def test_expected_active_experts():
+    assert economics.expected_active(1, 256, 8) == pytest.approx(8)
+    assert economics.expected_active(2, 256, 8) == pytest.approx(8 + 8 - 8 * 8 / 256)
+    assert economics.expected_active(10**5, 256, 8) == pytest.approx(256)
+
+
+def test_other_configs_of_the_family():
+    plain = Model.load(config(q_lora_rank=None, first_k_dense_replace=0, n_shared_experts=0, num_nextn_predict_layers=0))
+    assert "q + kv_a" in [r.name for r in plain.decode(1, 8)] and plain.mtp_params == 0
+    assert not [r for r in plain.decode(1, 8) if r.layer == "dense" or r.name.startswith("shared")]
+    half = Model.load(config(quantization_config=None))
+    assert {r.op for r in half.decode(1, 8)} == {None, "mla_append_kv", "mla_decode", "moe_route", "moe_experts_bf16"}
+    assert products(half.decode(4, 8)) == products(V3.decode(4, 8))
+
+
+@pytest.mark.parametrize("field, value, allowed", [
+    ("model_type", "llama", "deepseek_v3"), ("kv_lora_rank", 256, "512"), ("hidden_size", None, "integer"),
+    ("num_hidden_layers", True, "integer"), ("first_k_dense_replace", 62, "61"), ("n_group", 7, "256"), ("topk_group", 9, "8"),
+    ("num_experts_per_tok", 200, "128"), ("moe_layer_freq", 2, "1"), ("scoring_func", "tanh", "sigmoid"),
+    ("quantization_config", {"quant_method": "awq"}, "fp8"), ("tie_word_embeddings", "no", "True, False"),
+    ("routed_scaling_factor", "big", "number"),
+    ("quantization_config", {"quant_method": "fp8", "weight_block_size": [64, 64]}, "[128, 128]"),
+])
+def test_a_bad_config_names_field_value_and_allowed(field, value, allowed):
+    with pytest.raises(CostError) as error:
+        Model.load(config(**{field: value}))
+    text = str(error.value)
+    bad = next(iter(value.values())) if isinstance(value, dict) and "awq" in str(value) else value
+    assert field in text and allowed in text and (isinstance(bad, dict) or repr(bad) in text)
+
+
+def test_a_missing_or_broken_config_file(tmp_path):
+    with pytest.raises(CostError, match="model is .*allowed: deepseek-v3"):
+        Model.load("deepseek-v9")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CostError, match="not JSON"):
+        Model.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config()))
+    assert Model.load(tmp_path).total_params == V3.total_params
+
+
+# ---------------------------------------------------------------- chips
+
+
+def test_every_figure_has_source_date_and_status():
+    known = chips.load()
+    assert set(known) >= {"h100", "h200", "b200", "mi300x", "tpu-v5p", "trainium2"}
+    for chip in known.values():
+        for figure in chip.figures.values():
+            assert figure.source and figure.date.year >= 2024 and figure.status in chips.STATUS
+            assert (figure.value is None) == (figure.status == "unknown")
+
+
+TOML = """
+[x]
+flops_bf16 = { value = 1e15, dense = true, status = "vendor", source = "s", date = 2026-11-22 }
+flops_fp8 = { value = 2e15, dense = true, status = "vendor", source = "s", date = 2026-11-22 }
+bytes_per_s = { value = 4e12, status = "measured", source = "s", date = 2026-11-22 }
+memory_bytes = { value = 8e10, status = "vendor", source = "s", date = 2026-11-22 }
+dollars_per_hour = { status = "unknown", source = "s", date = 2026-11-22 }
+"""
+
+
+@pytest.mark.parametrize("old, new, names", [
+    ("2e15, dense = true,", "4e15, dense = true,", ["x.flops_fp8.value", "4000000000000000.0", "2.05"]),
+    ('1e15, dense = true,', '1e15,', ["x.flops_bf16.dense", "None", "true"]),
+    ('status = "measured"', 'status = "rumour"', ["x.bytes_per_s.status", "rumour", "vendor"]),
+    ('4e12, status = "measured", source = "s"', '4e12, status = "measured"', ["x.bytes_per_s.source"]),
+    ("date = 2026-11-22 }\nmemory", 'date = "today" }\nmemory', ["x.bytes_per_s.date", "today"]),
+    ('status = "unknown"', 'value = 2.0, status = "unknown"', ["x.dollars_per_hour.value", "2.0"]),
+    ("value = 8e10, ", "", ["x.memory_bytes.value", "None", "unknown"]),
+    ("8e10", "-1", ["x.memory_bytes.value", "-1"]),
+    ("memory_bytes", "memory", ["memory", "memory_bytes"]),
+    ("[x]", "[x", ["chips.toml"]),
+])
+def test_the_checker_refuses(old, new, names):
+    assert chips.load(TOML)["x"].get("flops_fp8") == 2e15
+    assert old in TOML
+    with pytest.raises(CostError) as error:
+        chips.load(TOML.replace(old, new, 1))
+    assert all(name in str(error.value) for name in names), str(error.value)
+
+
+def test_a_note_explains_an_unusual_fp8_peak():
+    noted = TOML.replace("value = 2e15,", 'value = 4e15, note = "why",', 1)
+    assert chips.load(noted)["x"].get("flops_fp8") == 4e15
+
+
+def test_unknown_stays_unknown():
+    text = TOML.replace('flops_fp8 = { value = 2e15, dense = true, status = "vendor"', 'flops_fp8 = { status = "unknown"')
+    chip = chips.load(text)["x"]
+    rows = V3.decode(1, 64)
+    with pytest.raises(Unknown, match="x: flops_fp8 is unknown"):
+        bound(row_of(rows, "q_b"), chip)
+    p = price(rows, chip, Measured([]), tokens=1, users=1, memory=1e9)
+    assert p.seconds is None and p.tokens_per_s_per_chip is None and p.dollars_per_mtoken is None
+    assert p.unknown == ["x: flops_fp8 is unknown"] and p.layer_seconds("head") > 0
+    p = price(rows, chips.load(TOML)["x"], Measured([]), tokens=1, users=1, memory=1e9)
+    assert p.seconds > 0 and p.dollars_per_hour is None and p.dollars_per_mtoken is None
+
+
+# ---------------------------------------------------------------- measured, interpolated, bound
+
+
+def machine(*records):
+    measured = Measured(list(records))
+    return chips.from_records(CPU, measured.ceilings(CPU) or CEILINGS, "2026-11-22"), measured
+
+
+def test_an_exact_record_is_reproduced():
+    row = row_of(V3.decode(4, 512), "q_b")
+    chip, measured = machine(record("fp8_gemm", 0.0123, **row.dims), record("fp8_gemm", 9.0, m=4, n=1, k=1))
+    timed = time(row, chip, measured)
+    assert (timed.seconds, timed.mark) == (0.0123, MEASURED)
+
+
+def test_cold_records_win_then_the_fastest_kernel():
+    dims = {"m": 4, "n": 24576, "k": 1536}
+    warm = {**record("fp8_gemm", 0.001, **dims), "cache_state": "warm"}
+    cold = [{**record("fp8_gemm", s, **dims), "cache_state": "cold"} for s in (0.005, 0.004)]
+    assert Measured([warm, *cold]).seconds(CPU, "fp8_gemm", dims) == (0.004, MEASURED)
+    assert Measured([warm]).seconds(CPU, "fp8_gemm", dims) == (0.001, MEASURED)
+    assert Measured([warm]).seconds("cpu-other", "fp8_gemm", dims) is None
+
+
+def test_between_two_records_seconds_rise_with_the_dim():
+    chip, measured = machine(record("fp8_gemm", 0.02, m=16, n=24576, k=1536), record("fp8_gemm", 0.32, m=256, n=24576, k=1536))
+    rows = {m: row_of(V3.decode(m, 512), "q_b") for m in (16, 17, 32, 64, 128, 255, 256)}
+    timed = {m: time(row, chip, measured) for m, row in rows.items()}
+    assert [t.mark for t in timed.values()] == [MEASURED] + [INTERPOLATED] * 5 + [MEASURED]
+    seconds = [t.seconds for t in timed.values()]
+    assert seconds == sorted(seconds) and len(set(seconds)) == len(seconds)
+    assert timed[64].seconds == pytest.approx(0.08)  # half way in log-log: sqrt(0.02 * 0.32)
+
+
+def test_outside_the_records_only_the_roofline_is_left():
+    chip, measured = machine(record("fp8_gemm", 1.0, m=16, n=24576, k=1536), record("fp8_gemm", 2.0, m=256, n=24576, k=1536))
+    for m in (1, 15, 257, 4096):
+        row = row_of(V3.decode(m, 512), "q_b")
+        timed = time(row, chip, measured)
+        assert timed.mark == BOUND
+        assert timed.seconds == pytest.approx(max(row.work.flops / 100e9, row.work.bytes / 20e9))
+    other = row_of(V3.decode(64, 512), "o")  # between in m, but another n and k
+    assert time(other, chip, measured).mark == BOUND
+
+
+def test_an_interpolation_never_beats_the_roofline():
+    chip, measured = machine(record("fp8_gemm", 1e-9, m=16, n=24576, k=1536), record("fp8_gemm", 1e-9, m=256, n=24576, k=1536))
+    row = row_of(V3.decode(64, 512), "q_b")
+    timed = time(row, chip, measured)
+    assert (timed.seconds, timed.mark) == (bound(row, chip), INTERPOLATED)
+
+
+def test_attention_interpolates_in_context_and_experts_in_tokens():
+    decode = [{**row_of(V3.decode(4, s), "MLA decode").dims, "p": 999} for s in (1024, 4096)]
+    measured = Measured([record("mla_decode", 1.0, **decode[0]), record("mla_decode", 4.0, **decode[1])])
+    seconds, mark = measured.seconds(CPU, "mla_decode", row_of(V3.decode(4, 2048), "MLA decode").dims)
+    assert (pytest.approx(seconds), mark) == (2.0, INTERPOLATED)
+    experts = [row_of(V3.decode(t, 8), "routed experts").dims for t in (1, 16)]
+    measured = Measured([record("moe_experts", s, **d) for s, d in zip((1.0, 9.0), experts, strict=True)])
+    seconds, mark = measured.seconds(CPU, "moe_experts", row_of(V3.decode(4, 8), "routed experts").dims)
+    assert mark == INTERPOLATED and 1 < seconds < 9
+    prefill = [row_of(V3.prefill(t), "MLA prefill").dims for t in (256, 4096)]
+    measured = Measured([record("mla_prefill", s, **d) for s, d in zip((1.0, 256.0), prefill, strict=True)])
+    seconds, mark = measured.seconds(CPU, "mla_prefill", row_of(V3.prefill(1024), "MLA prefill").dims)
+    assert (pytest.approx(seconds), mark) == (16.0, INTERPOLATED)
+
+
+def test_a_different_scalar_or_dtype_is_a_different_call():
+    dims = row_of(V3.decode(4, 512), "q_b").dims
+    other = {**record("fp8_gemm", 1.0, **dims), "scalars": {"out_dtype": "f32"}}
+    assert Measured([other]).seconds(CPU, "fp8_gemm", dims) is None
+    block = {**record("fp8_quantize", 1.0, m=1, k=7168), "scalars": {"block": [128, 128]}}
+    assert Measured([block]).seconds(CPU, "fp8_quantize", {"m": 1, "k": 7168}) is None
+    same = {**record("fp8_quantize", 1.0, m=1, k=7168), "scalars": {"block": [1, 128]}, "dtypes": {"x": "bf16"}}
+    assert Measured([same]).seconds(CPU, "fp8_quantize", {"m": 1, "k": 7168}) == (1.0, MEASURED)
+
+
+def test_marks_add_up_to_the_weakest():
+    assert weakest([MEASURED, MEASURED]) == MEASURED
+    assert weakest([MEASURED, INTERPOLATED]) == INTERPOLATED
+    assert weakest([BOUND, INTERPOLATED, MEASURED]) == BOUND
+    assert log_log(10, (1, 1.0), (100, 9.0)) == pytest.approx(3.0)
+
+
+def test_a_step_of_measured_rows_is_measured():
+    rows = [r for r in V3.decode(2, 64) if r.op]
+    chip, measured = machine(*(record(r.op, 0.001, **r.dims) for r in rows))
+    p = price(rows, chip, measured, tokens=2, users=2, memory=1e9, dollars_per_hour=1.0)
+    assert p.mark == MEASURED and p.share[MEASURED] == pytest.approx(1)
+    assert p.seconds == pytest.approx(0.001 * sum(r.count for r in rows))
+    assert p.chips is None  # no record says how much memory the machine has
+
+
+def test_the_machine_is_the_cpu_measured_last():
+    old = {**record("fp8_gemm", 1.0, chip="cpu-old", m=1, n=1, k=1), "date": "2026-11-01"}
+    slow = {**record("fp8_gemm", 1.0, chip="cpu-new-portable", m=1, n=1, k=1), "ceilings": {"flops_f32": 1e9}}
+    fast = record("fp8_gemm", 1.0, chip="cpu-new-avx2", m=1, n=1, k=1)
+    gpu = {**record("fp8_gemm", 1.0, chip="h200", m=1, n=1, k=1), "date": "2026-12-01"}
+    assert Measured([old, slow, fast, gpu]).machine() == "cpu-new-avx2"
+    assert Measured([gpu]).machine() is None
+
+
+def test_records_are_read_and_bad_ones_named(tmp_path):
+    good = record("fp8_gemm", 1.0, m=1, n=1, k=1)
+    (tmp_path / "a.jsonl").write_text(json.dumps(good) + "\n\n" + json.dumps(good) + "\n")
+    assert len(read(tmp_path)) == len(read(tmp_path / "a.jsonl")) == 2
+    for bad, text in (({**good, "seconds_median": 0}, "seconds_median"), ({**good, "op": None}, "op"), ([], "op")):
+        (tmp_path / "b.jsonl").write_text(json.dumps(bad))
+        with pytest.raises(CostError, match=f"b.jsonl line 1: {text} is"):
+            read(tmp_path)
+    with pytest.raises(CostError, match="records is"):
+        read(tmp_path / "none")
+
+
+# ---------------------------------------------------------------- dollars
+
+
+def test_arithmetic_by_hand():
+    assert economics.dollars_per_mtoken(3.6, 1000) == pytest.approx(1.0)  # $3.6/h is $0.001/s, for 1000 tokens
+    assert economics.roofline_seconds(2e12, 1e12, 5e9, 1e10) == 2.0
+    assert economics.roofline_seconds(2e11, 1e12, 5e9, 1e10) == 0.5
+    assert economics.chips_needed(673e9, 141e9) == 5 and economics.chips_needed(141e9, 141e9) == 1
+    assert economics.shared_seconds(10.0, 5) == 2.0
+    assert economics.tokens_per_second(64, 0.5) == 128.0
+
+
+def test_deepseek_day_6_costs_87072_dollars():
+    assert economics.fleet_dollars(226.75, 8, 24, 2) == 87_072  # deepseek-ai/open-infra-index, day 6
+
+
+def test_price_of_a_step_by_hand():
+    h200 = chips.load()["h200"]
+    held = V3.memory_bytes(64, 4096)
+    p = price(V3.decode(64, 4096), h200, Measured([]), tokens=64, users=64, memory=held, dollars_per_hour=3.6)
+    want = sum(r.count * bound(r, h200) for r in V3.decode(64, 4096))
+    assert p.chips == 5 and p.mark == BOUND
+    assert p.chip_seconds == pytest.approx(want) and p.seconds == pytest.approx(want / 5)
+    assert p.tokens_per_s_per_chip == pytest.approx(64 / want)
+    assert p.tokens_per_s_per_user == pytest.approx(5 / want)
+    assert p.dollars_per_mtoken == pytest.approx(0.001 * want / 64 * 1e6)
+    one = p.layer_seconds("attention", "moe")
+    assert p.chip_seconds == pytest.approx(58 * one + 3 * p.layer_seconds("attention", "dense") + p.layer_seconds("head"))
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def records(tmp_path):
+    path = tmp_path / "records.jsonl"
+    rows = [r for r in V3.decode(64, 4096) if r.op]
+    lines = [{**record(r.op, 0.01, **r.dims), "flops": r.work.flops, "bytes": r.work.bytes} for r in rows]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def run(*arguments):
+    from kernomics.cli import app
+    from typer.testing import CliRunner
+
+    return CliRunner().invoke(app, ["price", *map(str, arguments)])
+
+
+def test_price_prints_tables_that_fit(records):
+    result = run("--records", records, "--plot", "")
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.output.splitlines())) <= 100
+    for text in ("671.03 B", "671B / 37B", "37.55 B", "70,272 B", "this CPU", "trainium2", "●", "routed experts", "$/Mtok out"):
+        assert text in result.output
+
+
+def test_price_as_json(records):
+    dollars = ("--dollars-per-hour", "this=0.1", "--dollars-per-hour", "h200=2.5")
+    result = run("--records", records, "--json", "--phase", "decode", *dollars)
+    data = json.loads(result.output)
+    assert data["model"]["total_params"] == V3.total_params
+    on = data["phases"]["decode"]["chips"]
+    assert on[CPU]["dollars_per_hour"] == 0.1 and on["h200"]["dollars_per_hour"] == 2.5
+    assert on["trainium2"]["dollars_per_mtoken"] is None
+    marks = {r["name"]: r["chips"][CPU]["mark"] for r in data["phases"]["decode"]["rows"]}
+    assert marks["routed experts"] == MEASURED and marks["router"] == BOUND
+
+
+@pytest.mark.parametrize("arguments, names", [
+    (["--chip", "h2000"], ["chip", "h2000", "h200"]),
+    (["--model", "nothing"], ["model", "nothing", "deepseek-v3"]),
+    (["--phase", "train"], ["phase", "train", "prefill"]),
+    (["--batch", "0"], ["batch", "0"]),
+    (["--dollars-per-hour", "h300=1"], ["dollars-per-hour", "h300", "h200"]),
+    (["--dollars-per-hour", "h200=cheap"], ["dollars-per-hour", "h200=cheap"]),
+    (["--records", "nowhere"], ["records", "nowhere"]),
+])
+def test_bad_arguments_name_field_value_and_allowed(arguments, names):
+    result = run(*arguments, "--plot", "")
+    assert result.exit_code == 2
+    assert all(name in result.output for name in names), result.output
+
+
+def test_price_without_measurements(tmp_path):
+    result = run("--records", tmp_path, "--plot", "")
+    assert result.exit_code == 0 and "No measurements found" in result.output and "this CPU" not in result.output
+
+
+def test_roofline_plot(records, tmp_path):
+    pytest.importorskip("matplotlib")
+    result = run("--records", records, "--plot", tmp_path / "sub" / "roofline.png")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "sub" / "roofline.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_cost_imports_no_torch_and_no_matplotlib():
+    code = ("import sys; from kernomics.cost import chips, economics, measured, model, price, report, roofline; "
+            "model.Model.load('deepseek-v3').decode(1, 8); print({'torch', 'triton', 'matplotlib'} & set(sys.modules))")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
