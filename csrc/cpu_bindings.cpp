@@ -33,4 +33,22 @@ NB_MODULE(_cpu, m) {
     KERNEL(fp8_gemm, [](T a, T as, T b, T bs, T c, T ws, int, int threads) {
         kernels().fp8_gemm({a, as, b, bs, c, ws, threads});
     });
+    KERNEL(mla_append_kv, [](T kv_c, T k_pe, T cache, T slots, T weight, T cos, T sin, T, double eps, bool interleaved, int scale, int threads) {
+        kernels().mla_append_kv({kv_c, k_pe, cache, slots, weight, cos, sin, float(eps), interleaved, scale == 0, threads});
+    });
+    KERNEL(mla_decode, [](T q, T cache, T table, T lens, T sink, T out, T lse, T ws, double scale, bool causal, int threads) {
+        kernels().mla_decode({q, cache, table, lens, sink, out, lse, ws, float(scale), causal, threads});
+    });
+    KERNEL(mla_decode_sparse, [](T q, T cache, T indices, T sink, T out, T lse, T ws, double scale, int threads) {
+        kernels().mla_decode_sparse({q, cache, indices, sink, out, lse, ws, float(scale), threads});
+    });
+    KERNEL(mla_prefill, [](T q, T k, T v, T cu_q, T cu_k, T out, T lse, T, double scale, bool causal, int threads) {
+        kernels().mla_prefill({q, k, v, cu_q, cu_k, out, lse, float(scale), causal, threads});
+    });
+    KERNEL(mla_index, [](T q, T k, T k_scale, T weights, T start, T stop, T out, T, int threads) {
+        kernels().mla_index({q, k, k_scale, weights, start, stop, out, threads});
+    });
+    KERNEL(attention_merge, [](T out_a, T lse_a, T out_b, T lse_b, T out, T lse, T, int threads) {
+        kernels().attention_merge({out_a, lse_a, out_b, lse_b, out, lse, threads});
+    });
 }

@@ -248,10 +248,15 @@ def test_attention_interpolates_in_context_and_experts_in_tokens():
     measured = Measured([record("mla_decode", 1.0, **decode[0]), record("mla_decode", 4.0, **decode[1])])
     seconds, mark = measured.seconds(CPU, "mla_decode", row_of(V3.decode(4, 2048), "MLA decode").dims)
     assert (pytest.approx(seconds), mark) == (2.0, INTERPOLATED)
-    experts = [row_of(V3.decode(t, 8), "routed experts").dims for t in (1, 16)]
-    measured = Measured([record("moe_experts", s, **d) for s, d in zip((1.0, 9.0), experts, strict=True)])
-    seconds, mark = measured.seconds(CPU, "moe_experts", row_of(V3.decode(4, 8), "routed experts").dims)
-    assert mark == INTERPOLATED and 1 < seconds < 9
+    one, four, sixteen = (row_of(V3.decode(t, 8), "routed experts").dims for t in (1, 4, 16))
+    low = record("moe_experts", 1.0, **{**one, "e": 32, "active": 8})  # idle experts are not read, however many there are
+    few = record("moe_experts", 9.0, **{**sixteen, "e": 32, "active": 32})  # 256 experts: 16 tokens would reach 102
+    seconds, mark = Measured([low, record("moe_experts", 9.0, **sixteen)]).seconds(CPU, "moe_experts", four)
+    assert (pytest.approx(seconds), mark) == (3.0, INTERPOLATED)
+    assert Measured([low, few]).seconds(CPU, "moe_experts", four) is None
+    assert Measured([low]).seconds(CPU, "moe_experts", one) == (1.0, MEASURED)
+    del low["dims"]["active"]
+    assert Measured([low]).seconds(CPU, "moe_experts", one) == (1.0, MEASURED)
     prefill = [row_of(V3.prefill(t), "MLA prefill").dims for t in (256, 4096)]
     measured = Measured([record("mla_prefill", s, **d) for s, d in zip((1.0, 256.0), prefill, strict=True)])
     seconds, mark = measured.seconds(CPU, "mla_prefill", row_of(V3.prefill(1024), "MLA prefill").dims)
@@ -264,7 +269,8 @@ def test_a_different_scalar_or_dtype_is_a_different_call():
     assert Measured([other]).seconds(CPU, "fp8_gemm", dims) is None
     block = {**record("fp8_quantize", 1.0, m=1, k=7168), "scalars": {"block": [128, 128]}}
     assert Measured([block]).seconds(CPU, "fp8_quantize", {"m": 1, "k": 7168}) is None
-    same = {**record("fp8_quantize", 1.0, m=1, k=7168), "scalars": {"block": [1, 128]}, "dtypes": {"x": "bf16"}}
+    same = {**record("fp8_quantize", 1.0, m=1, k=7168, block0=1), "dtypes": {"x": "bf16", "out": "fp8"}}
+    same["scalars"] = {"block": [1, 128], "floor": 1e-4}
     assert Measured([same]).seconds(CPU, "fp8_quantize", {"m": 1, "k": 7168}) == (1.0, MEASURED)
 
 
@@ -355,7 +361,7 @@ def run(*arguments):
 
 
 def test_price_prints_tables_that_fit(records):
-    result = run("--records", records, "--plot", "")
+    result = run("--records", records, "--plot", "", "--batch", 64)
     assert result.exit_code == 0, result.output
     assert max(map(len, result.output.splitlines())) <= 100
     for text in ("671.03 B", "671B / 37B", "37.55 B", "70,272 B", "this CPU", "trainium2", "●", "routed experts", "$/Mtok out"):
@@ -367,10 +373,12 @@ def test_price_as_json(records):
     result = run("--records", records, "--json", "--phase", "decode", *dollars)
     data = json.loads(result.output)
     assert data["model"]["total_params"] == V3.total_params
-    on = data["phases"]["decode"]["chips"]
+    [one, many] = data["steps"]
+    assert one["at"] == "batch 1, context 4096" and many["tokens"] == 64
+    on = many["chips"]
     assert on[CPU]["dollars_per_hour"] == 0.1 and on["h200"]["dollars_per_hour"] == 2.5
     assert on["trainium2"]["dollars_per_mtoken"] is None
-    marks = {r["name"]: r["chips"][CPU]["mark"] for r in data["phases"]["decode"]["rows"]}
+    marks = {r["name"]: r["chips"][CPU]["mark"] for r in many["rows"]}
     assert marks["routed experts"] == MEASURED and marks["router"] == BOUND
 
 
@@ -378,7 +386,8 @@ def test_price_as_json(records):
     (["--chip", "h2000"], ["chip", "h2000", "h200"]),
     (["--model", "nothing"], ["model", "nothing", "deepseek-v3"]),
     (["--phase", "train"], ["phase", "train", "prefill"]),
-    (["--batch", "0"], ["batch", "0"]),
+    (["--batch", "0"], ["batch", "0", "1"]),
+    (["--batch", "2", "--chunk", "-5"], ["chunk", "-5", "1"]),
     (["--dollars-per-hour", "h300=1"], ["dollars-per-hour", "h300", "h200"]),
     (["--dollars-per-hour", "h200=cheap"], ["dollars-per-hour", "h200=cheap"]),
     (["--records", "nowhere"], ["records", "nowhere"]),
@@ -399,6 +408,12 @@ def test_roofline_plot(records, tmp_path):
     result = run("--records", records, "--plot", tmp_path / "sub" / "roofline.png")
     assert result.exit_code == 0, result.output
     assert (tmp_path / "sub" / "roofline.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_that_cannot_be_written_leaves_the_tables(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = run("--records", tmp_path, "--plot", tmp_path / "file" / "x.png", "--phase", "decode")
+    assert result.exit_code == 0 and "roofline: not drawn" in result.output and "trainium2" in result.output
 
 
 def test_cost_imports_no_torch_and_no_matplotlib():

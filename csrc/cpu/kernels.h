@@ -1,11 +1,22 @@
 // The list of CPU kernels: name, params struct. One line here makes a kernel part of every ISA's table.
 #pragma once
+#include "attention_merge.h"
 #include "fp8_gemm.h"
 #include "fp8_quantize.h"
+#include "mla_append_kv.h"
+#include "mla_decode.h"
+#include "mla_index.h"
+#include "mla_prefill.h"
 
 #define KN_KERNELS(X)           \
     X(fp8_quantize, Fp8Quantize) \
-    X(fp8_gemm, Fp8Gemm)
+    X(fp8_gemm, Fp8Gemm)         \
+    X(mla_append_kv, MlaAppendKv) \
+    X(mla_decode, MlaDecode)     \
+    X(mla_decode_sparse, MlaDecodeSparse) \
+    X(mla_prefill, MlaPrefill)   \
+    X(mla_index, MlaIndex)       \
+    X(attention_merge, AttentionMerge)
 
 namespace kn {
 

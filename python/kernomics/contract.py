@@ -550,7 +550,8 @@ def op(**parts):
     check(error, <dims and scalars by name>) and check_data(error, <NumPy inputs, dims, scalars by name>) raise
     what the signature cannot say, with ``raise error(argument, got, expected)``; dims: {dim: keyword that
     binds it}; rows: the dim along which large cases are judged on a sample, or a function
-    ``rows(rng, inputs) -> (inputs, select)``; judge(got, want, inputs): how a result is judged.
+    ``rows(rng, inputs) -> (inputs, select)``; judge(got, want, inputs): how a result is judged, with inputs and
+    scalars by name, and an argument that the op mutates for its output.
     """
 
     def decorate(define):

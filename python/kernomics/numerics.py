@@ -272,3 +272,70 @@ def draw_cache(rng, p, page, used, dtype):
     latent = rng.standard_normal((count, 512), np.float32).astype(BF16)
     cache[used] = np.concatenate([latent, rope], axis=1).view(np.uint8)
     return cache.view(BF16).reshape(p, page, 576)
+
+
+# ---------------------------------------------------------------- SwiGLU, index data
+
+
+def silu(x):
+    """``x / (1 + exp(-x))`` in float64."""
+    x = np.asarray(x).astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return x / (1 + np.exp(-x))
+
+
+def swiglu(h):
+    """``silu(gate) * up`` of rows ``gate | up``, rounded to bf16, as float64."""
+    gate, up = np.split(np.asarray(h).astype(np.float64), 2, axis=-1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return round_bf16(silu(gate) * up)
+
+
+def check_offsets(error, offsets, t):
+    """Group offsets start at 0, do not decrease and end within the ``t`` rows."""
+    if offsets[0] != 0:
+        raise error("offsets", f"{offsets[0]} at the start", "0 at the start")
+    if np.any(offsets[1:] < offsets[:-1]):
+        i = int(np.argmax(offsets[1:] < offsets[:-1]))
+        raise error("offsets", f"{offsets[i]}, then {offsets[i + 1]}", "not decreasing")
+    if offsets[-1] > t:
+        raise error("offsets", f"{offsets[-1]} at the end", f"at most {t} rows")
+
+
+def check_index(error, name, index, size, lowest=-1):
+    """Every entry of ``index`` lies in ``[lowest, size)``."""
+    odd = (index < lowest) | (index >= size)
+    if odd.any():
+        raise error(name, f"{index[odd][0]} somewhere", f"within [{lowest}, {size})")
+
+
+def draw_offsets(rng, t, e, active=None):
+    """Offsets of ``e`` groups in ``t`` rows: ragged, one empty, some rows past the end; or ``active`` even groups."""
+    if active is not None:
+        ends = np.zeros(e, np.int64)
+        ends[np.sort(rng.permutation(e)[:active])] = np.diff(np.arange(active + 1) * t // active)
+        ends = np.cumsum(ends)
+    else:
+        ends = np.sort(rng.integers(t // 2, t + 1, e)) * np.arange(1, e + 1) // max(e, 1)
+        if e > 2:
+            ends[e // 2] = ends[e // 2 - 1]
+    return np.concatenate([[0], ends]).astype(np.int32)
+
+
+def draw_experts(rng, t, e, top_k, active=None, dropped=0.0):
+    """``top_k`` distinct ids a token; exactly ``active`` (by default as many as t * top_k can reach) occur.
+
+    A share ``dropped`` of the slots then becomes -1.
+    """
+    pool = rng.permutation(e)[: active or min(e, max(t, 1) * top_k)]
+    ids = pool[rng.permuted(np.tile(np.arange(len(pool)), (t, 1)), axis=1)[:, :top_k]].reshape(t, top_k)
+    if top_k:
+        deal = min(t, -(-len(pool) // top_k))  # these tokens go through the whole pool once
+        ids[:deal] = pool[np.arange(deal * top_k).reshape(deal, top_k) % len(pool)]
+    return np.where(rng.random(ids.shape) < dropped, -1, ids).astype(np.int32)
+
+
+def draw_weights(rng, t, top_k):
+    """Positive routing weights that sum to about 1."""
+    w = rng.uniform(0.2, 1, (t, top_k))
+    return (w / w.sum(1, keepdims=True, initial=1e-20)).astype(np.float32)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kernomics.contract import OPS
 from kernomics.cost import CostError, wrong
+from kernomics.cost.economics import expected_active
 
 MEASURED, INTERPOLATED, BOUND = "measured", "interpolated", "bound"
 MARKS = (MEASURED, INTERPOLATED, BOUND)  # best first
@@ -14,11 +15,11 @@ VARYING = ("m", "t", "s", "b")  # a row may differ from the two records around i
 IGNORED = {  # what does not change a call's work
     "mla_append_kv": {"p", "page"},
     "mla_decode": {"p", "n"},
-    "moe_experts": {"e"},  # only the active experts are read
+    "moe_experts": {"e"},  # only the experts in use are read
     "moe_experts_bf16": {"e"},
 }
 SCALES = {"softmax_scale", "eps", "scaling", "floor", "rate"}  # values of scalars that change no time
-FOLLOWS = {("moe_experts", "t"): {"active"}, ("moe_experts_bf16", "t"): {"active"}}  # more tokens reach more experts
+EXPERTS = ("moe_experts", "moe_experts_bf16")
 
 
 def weakest(marks):
@@ -62,23 +63,23 @@ def _checked(record):
     return record
 
 
-def _plain(value):
-    return tuple(value) if isinstance(value, list) else value
-
-
 def call_of(op, dims, scalars=(), dtypes=()):
     """Everything about a call that can change its time, defaults filled in, as a dict."""
-    call = {}
+    call, skip = {}, IGNORED.get(op, set()) | SCALES
     if op in OPS:
+        tensors = OPS[op].tensors
         call = {s.name: s.default for s in OPS[op].scalars if not s.required}
-        call.update({t: spec.pick()[0] for t, spec in OPS[op].tensors.items() if not spec.optional})
+        call.update({t: spec.pick()[0] for t, spec in tensors.items() if not spec.optional})
+        dtypes = {t: dtype for t, dtype in dict(dtypes).items() if t in tensors}
+        skip = skip | set(OPS[op].keyword_dims)  # they follow from a scalar
     call.update(dtypes)
     call.update(scalars)
     call.update(dims)
     if op == "mla_prefill" and {"t", "s"} <= set(call):
         call["s"] -= call["t"]  # keys before the chunk: whole prompts of any length differ in t alone
-    skip = IGNORED.get(op, set()) | SCALES
-    return {k: _plain(v) for k, v in call.items() if k not in skip}
+    if op in EXPERTS and {"t", "e", "top_k"} <= set(call):
+        call.setdefault("active", min(call["e"], call["t"] * call["top_k"]))
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in call.items() if k not in skip}
 
 
 class Measured:
@@ -125,13 +126,18 @@ class Measured:
         if exact:
             return min(exact), MEASURED
         for dim in [d for d in VARYING if want.get(d)]:
-            tied = FOLLOWS.get((op, dim), set())
-            line = sorted((call[dim], s) for differing, call, s in points if call.get(dim) and differing - tied == {dim})
+            line = sorted((call[dim], s) for differing, call, s in points if call.get(dim)
+                          and (differing == {dim} or differing == {dim, "active"} and _uniform(call, case)))
             below = [p for p in line if p[0] < want[dim]]
             above = [p for p in line if p[0] > want[dim]]
             if below and above:
                 return log_log(want[dim], below[-1], above[0]), INTERPOLATED
         return None
+
+
+def _uniform(call, case):
+    """Whether a record's experts in use are as many as its tokens would reach in the case's model."""
+    return call["active"] == round(expected_active(call["t"], case["e"], case["top_k"]))
 
 
 def _differing(want, call):

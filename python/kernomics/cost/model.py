@@ -17,9 +17,10 @@ from kernomics.cost.economics import expected_active
 PRESETS = {"deepseek-v3": "deepseek_v3.json"}
 PUBLISHED = {"deepseek-v3": "671B / 37B"}  # DeepSeek-V3 technical report, arXiv:2412.19437, abstract
 FAMILY = ("deepseek_v3", "kimi_k2")
-NEGLECTED = ("RMSNorm", "RoPE on q", "residual additions", "embedding look-up", "sampling", "communication",
+NEGLECTED = ("RMSNorm of hidden state and q", "RoPE on q", "residual additions", "embedding look-up", "sampling", "communication",
              "launch and host time", "the MTP module")
 PAGE = 64  # tokens a page of the KV cache
+APPEND = {"norm_weight": "bf16", "cos": "f32", "sin": "f32", "kv_cache": "bf16"}  # with RMSNorm and RoPE in the same pass
 FP8_TOKEN = 656  # bytes a layer and token of the FP8 cache layout
 LATENT, ROPE, NOPE, VALUE = 512, 64, 128, 128  # widths that the attention ops fix
 
@@ -236,7 +237,7 @@ class Model:
         at, attention = Rows(self, "attention", self.layers), self.attention_linears
         for name in list(attention)[:-2]:
             at.linear(name, b, *attention[name])
-        at.op("append KV", "mla_append_kv", t=b)
+        at.op("append KV", "mla_append_kv", t=b, **APPEND)
         at.bmm("absorb W_uk", self.h, b, LATENT, NOPE)
         at.op("MLA decode", "mla_decode", dtype="bf16", b=b, q=1, h=self.h, s=s, page=PAGE, kv_cache="bf16")
         at.bmm("absorb W_uv", self.h, b, VALUE, LATENT)
@@ -248,7 +249,7 @@ class Model:
         at, attention = Rows(self, "attention", self.layers), self.attention_linears
         for name in list(attention)[:-2]:
             at.linear(name, t, *attention[name])
-        at.op("append KV", "mla_append_kv", t=t)
+        at.op("append KV", "mla_append_kv", t=t, **APPEND)
         at.linear("kv_b", t, *attention["kv_b"])
         at.op("MLA prefill", "mla_prefill", dtype="bf16", t=t, s=t, h=self.h, b=b)
         at.linear("o", t, *attention["o"])
@@ -259,7 +260,7 @@ class Model:
         dense.mlp("MLP", t, self.dense_n)
         moe.bmm("router", 1, t, self.e, self.d)
         moe.op("route", "moe_route", t=t, e=self.e, top_k=self.top_k, n_group=self.n_group,
-               topk_group=self.topk_group, **self.route)
+               topk_group=self.topk_group, bias="f32", **self.route)
         active = round(expected_active(t, self.e, self.top_k))
         moe.op("routed experts", "moe_experts" if self.weights == "fp8" else "moe_experts_bf16", dtype=self.weights,
                t=t, d=self.d, n=self.n, e=self.e, top_k=self.top_k, active=active)

@@ -1,14 +1,15 @@
 """``kernomics price``: the inventory of a model, seconds per layer by op and chip, tokens/s and $/Mtoken."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kernomics.cost import CostError, wrong
 from kernomics.cost import chips as chip_files
-from kernomics.cost import wrong
 from kernomics.cost.measured import BOUND, INTERPOLATED, MEASURED, Measured, read, weakest
 from kernomics.cost.model import NEGLECTED, PUBLISHED, Model
 from kernomics.cost.price import price
@@ -57,12 +58,6 @@ def parse_dollars(entries, chips):
     return dollars
 
 
-def _at_least_one(**counts):
-    for name, value in counts.items():
-        if value < 1:
-            raise wrong(name, value, "an integer of at least 1")
-
-
 # ---------------------------------------------------------------- numbers for reading
 
 
@@ -91,8 +86,8 @@ def _money(x):
 
 
 SHAPES = {
-    "fp8_quantize": "{m}x{k}", "fp8_gemm": "{m}x{n}x{k}", "mla_append_kv": "{t} tokens", "mla_decode": "{b} x {s} keys",
-    "mla_prefill": "{t} tokens", "moe_route": "{t}x{e}", "moe_experts": "{active} of {e}", "moe_experts_bf16": "{active} of {e}",
+    "fp8_quantize": "{m}x{k}", "fp8_gemm": "{m}x{n}x{k}", "mla_append_kv": "{t} tok", "mla_decode": "{b} x {s} keys",
+    "mla_prefill": "{t} tok", "moe_route": "{t}x{e}", "moe_experts": "{active} of {e}", "moe_experts_bf16": "{active} of {e}",
     "swiglu_quantize": "{t}x{n}",
 }
 
@@ -123,9 +118,10 @@ def model_table(model, steps):
     table.add_row("weights", si(model.weight_bytes, "B"), f"projections and experts {model.weights}, the rest bf16")
     table.add_row("KV cache per token", f"{model.kv_bytes_per_token():,} B",
                   f"bf16; {model.kv_bytes_per_token('fp8'):,} B in the 656-byte FP8 layout")
-    for label, rows in steps.items():
-        flops, size = (sum(r.count * getattr(r.work, f) for r in rows) for f in ("flops", "bytes"))
-        table.add_row(f"{label} step", si(flops, "FLOP"), f"{si(size, 'B')} to move: {_three(flops / size)} FLOP/B")
+    for step in steps:
+        flops, size = (sum(r.count * getattr(r.work, f) for r in step.rows) for f in ("flops", "bytes"))
+        words = f"{si(size, 'B')} to move: {_three(flops / size)} FLOP/B; {step.at}"
+        table.add_row(f"{step.phase} step", si(flops, "FLOP"), words)
     return table
 
 
@@ -206,28 +202,57 @@ def _notes(chips, measured, prices):
 # ---------------------------------------------------------------- the command
 
 
-def main(model="deepseek-v3", chip=(), dollars_per_hour=(), batch=64, context=4096, chunk=4096, phase="both", records=None,
+@dataclass(frozen=True)
+class Step:
+    """One step to price: its rows, the tokens it makes, the users it serves, the bytes it must hold."""
+
+    phase: str
+    at: str  # in words
+    rows: list
+    tokens: int
+    users: int
+    memory: float
+
+
+def make_steps(model, batches, context, chunks, phase):
+    """Decode steps of each batch, prefill steps of each chunk."""
+    steps = []
+    for b in batches if phase != "prefill" else ():
+        rows, memory = model.decode(b, context), model.memory_bytes(b, context)
+        steps.append(Step("decode", f"batch {b}, context {context}", rows, b, b, memory))
+    for t in chunks if phase != "decode" else ():
+        steps.append(Step("prefill", f"a prompt of {t} tokens", model.prefill(t), t, 1, model.memory_bytes(1, t)))
+    return steps
+
+
+def main(model="deepseek-v3", chip=(), dollars_per_hour=(), batch=(1,), context=4096, chunk=(1024,), phase="both", records=None,
          plot=None, as_json=False):
-    """Print (or with ``as_json`` return as text) the price of a model's steps; see ``kernomics price --help``."""
+    """Print the price of a model's steps, as tables or JSON; see ``kernomics price --help``.
+
+    Seconds by layer are shown for the first batch and the first chunk, prices for all.
+    """
     if phase not in (*PHASES, "both"):
         raise wrong("phase", phase, ", ".join((*PHASES, "both")))
-    _at_least_one(batch=batch, context=context, chunk=chunk)
+    for name, values in (("batch", batch), ("context", [context]), ("chunk", chunk)):
+        for value in values:
+            if value < 1:
+                raise wrong(name, value, "an integer of at least 1")
     measured = Measured(read(records))
     chips = choose_chips(chip, measured)
     dollars = parse_dollars(dollars_per_hour, chips)
     model = Model.load(model)
-    steps, prices = {}, {}
-    for name in PHASES if phase == "both" else (phase,):
-        decode = name == "decode"
-        steps[name] = model.decode(batch, context) if decode else model.prefill(chunk)
-        prices[name] = [price(steps[name], c, measured, tokens=batch if decode else chunk, users=batch if decode else 1,
-                              memory=model.memory_bytes(batch, context) if decode else model.memory_bytes(1, chunk),
-                              dollars_per_hour=dollars.get(c.key)) for c in chips]
-    picture = None
+    steps = make_steps(model, batch, context, chunk, phase)
+    prices = [[price(s.rows, c, measured, tokens=s.tokens, users=s.users, memory=s.memory, dollars_per_hour=dollars.get(c.key))
+               for c in chips] for s in steps]
+    first = {s.phase: i for i, s in reversed(list(enumerate(steps)))}
+    picture = ""
     if plot:
         from kernomics.cost import roofline
 
-        picture = roofline.plot(Path(plot), chips, measured, steps)
+        try:
+            picture = str(roofline.plot(Path(plot), chips, measured, {p: steps[i].rows for p, i in sorted(first.items())}))
+        except (CostError, OSError) as error:  # the tables do not depend on it
+            picture = f"not drawn, {error}"
     if as_json:
         print(json.dumps(as_dict(model, steps, prices), indent=1))
         return
@@ -235,16 +260,16 @@ def main(model="deepseek-v3", chip=(), dollars_per_hour=(), batch=64, context=40
     console.print(f"[bold]{model.name}[/]: {model.layers} layers ({model.dense_layers} dense), hidden {model.d}, "
                   f"{model.h} heads, {model.e} experts of {model.n}, {model.top_k} per token", highlight=False)
     console.print(model_table(model, steps))
-    at = {"decode": f"batch {batch}, context {context}", "prefill": f"one prompt of {chunk} tokens"}
     columns = max(1, (console.width - 36) // 9)
-    for name, priced in prices.items():
-        console.print(f"\n[bold]{name}[/], {at[name]}: seconds per call", highlight=False)
-        for i in range(0, len(priced), columns):
-            console.print(layer_table(priced[i:i + columns]))
-        console.print(f"\n[bold]{name}[/], {at[name]}: price", highlight=False)
-        console.print(price_table(priced, name == "decode"))
+    for i in sorted(first.values()):
+        console.print(f"\n[bold]{steps[i].phase}[/], {steps[i].at}: seconds per call", highlight=False)
+        for j in range(0, len(chips), columns):
+            console.print(layer_table(prices[i][j:j + columns]))
+    for step, priced in zip(steps, prices, strict=True):
+        console.print(f"\n[bold]{step.phase}[/], {step.at}: price", highlight=False)
+        console.print(price_table(priced, step.phase == "decode"))
     console.print()
-    for note in _notes(chips, measured, [p for ps in prices.values() for p in ps]):
+    for note in _notes(chips, measured, [p for ps in prices for p in ps]):
         console.print(note, highlight=False, style="dim")
     if picture:
         console.print(f"roofline: {picture}", highlight=False)
@@ -267,6 +292,7 @@ def as_dict(model, steps, prices):
         "model": {"name": model.name, "total_params": model.total_params, "active_params": model.active_params,
                   "active_params_no_embedding": model.active_params_no_embedding, "mtp_params": model.mtp_params,
                   "weight_bytes": model.weight_bytes, "kv_bytes_per_token": model.kv_bytes_per_token()},
-        "phases": {name: {"rows": [row(i, r, prices[name]) for i, r in enumerate(rows)],
-                          "chips": {p.chip.key: chip(p) for p in prices[name]}} for name, rows in steps.items()},
+        "steps": [{"phase": s.phase, "at": s.at, "tokens": s.tokens, "memory_bytes": s.memory,
+                   "rows": [row(i, r, priced) for i, r in enumerate(s.rows)],
+                   "chips": {p.chip.key: chip(p) for p in priced}} for s, priced in zip(steps, prices, strict=True)],
     }

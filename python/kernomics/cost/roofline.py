@@ -7,6 +7,8 @@ from kernomics.cost import CostError
 INK, GREY, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 COLORS = ("#0b6e99", "#d9480f", "#2b8a3e", "#862e9c", "#c2255c", "#a68a00", "#495057", "#1098ad", "#5c940d", "#a0522d",
           "#4263eb", "#e64980", "#12b886", "#343a40")
+LEGEND = {"loc": "upper left", "bbox_to_anchor": (0, -0.11), "ncols": 4, "frameon": False, "fontsize": 8.5, "borderaxespad": 0,
+          "alignment": "left", "columnspacing": 1.2, "handletextpad": 0.3}
 MARKERS = "osD^vP<>Xphd*8"
 
 
@@ -21,14 +23,15 @@ def plot(path, chips, measured, steps):
 
     machine = next((c for c in chips if c.key.startswith("cpu-")), None)
     points = _points(measured.of(machine.key)) if machine else {}
+    used = {row.op for rows in steps.values() for row in rows}
     known = [c for c in chips if c is not machine and all(map(c.get, ("bytes_per_s", "flops_fp8", "flops_bf16")))]
-    panels = [(_machine_panel, machine, points)] * bool(points) + [(_chips_panel, known, steps)] * bool(known)
+    panels = [(_machine_panel, machine, points, used)] * bool(points) + [(_chips_panel, known, steps)] * bool(known)
     if not panels:
         raise CostError("nothing to plot: no measurements, and no chip with known figures")
     with plt.rc_context({"font.size": 9, "text.color": INK, "axes.edgecolor": GREY, "axes.labelcolor": INK,
                          "xtick.color": GREY, "ytick.color": GREY, "axes.titlelocation": "left", "axes.titlesize": 11,
                          "axes.titleweight": "bold", "axes.titlepad": 10}):
-        figure, axes = plt.subplots(1, len(panels), figsize=(8.2 * len(panels), 6.4), squeeze=False, dpi=150)
+        figure, axes = plt.subplots(1, len(panels), figsize=(8.2 * len(panels), 6.8), squeeze=False, dpi=150)
         for ax, (draw, *what) in zip(axes[0], panels, strict=True):
             _frame(ax)
             draw(ax, *what)
@@ -42,10 +45,10 @@ def plot(path, chips, measured, steps):
 
 
 def _points(records):
-    """op -> [(FLOP/byte, FLOP/s, label)], the fastest record of each call that computes something."""
+    """op -> [(FLOP/byte, FLOP/s, label)], the fastest record of each call of a forward op that computes something."""
     best = {}
     for r in records:
-        if r.get("flops") and r.get("bytes") and r["flops"] > 0:
+        if r.get("flops") and r.get("bytes") and not r["op"].endswith("_backward"):
             key = r["op"], _label(r)
             speed = r["flops"] / r["seconds_median"]
             if speed > best.get(key, (0, 0))[1]:
@@ -81,7 +84,8 @@ def _prefixed(y, _):
     return f"{y:g}"
 
 
-def _machine_panel(ax, machine, points):
+def _machine_panel(ax, machine, points, used):
+    """Every measured call; those of the model's own ops are labelled."""
     peak, bandwidth = machine.get("flops_bf16"), machine.get("bytes_per_s")
     at, speed = (np.array([p[i] for ps in points.values() for p in ps]) for i in (0, 1))
     left, right = at.min() / 3, max(at.max() * 4, 4 * (peak or 1) / (bandwidth or 1))
@@ -96,14 +100,14 @@ def _machine_panel(ax, machine, points):
     for number, (op, ps) in enumerate(sorted(points.items())):
         xs, ys, _ = zip(*ps, strict=True)
         ax.scatter(xs, ys, s=42, edgecolor="white", linewidth=0.8, zorder=3, label=op, **_style(number))
-    ax.set(xlim=(left, right), ylim=(speed.min() / 4, max(speed.max(), peak or 0) * 2.5))
+    ax.set(xlim=(left, right), ylim=(speed.min() / 2, max(speed.max(), peak or 0) * 2.5))
     ax.set_title(f"Measured: {machine.key}")
-    ax.legend(loc="lower right", frameon=True, framealpha=0.95, edgecolor=GRID, fontsize=8.5)
-    ax.labels = [(*p, _style(number)["color"]) for number, op in enumerate(sorted(points)) for p in points[op]]
+    ax.legend(**LEGEND)
+    ax.labels = [(*p, _style(number)["color"]) for number, op in enumerate(sorted(points)) for p in points[op] if op in used]
 
 
 def _style(number):
-    return {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
+    return {"color": COLORS[number % len(COLORS)], "marker": MARKERS[(number + number // len(COLORS)) % len(MARKERS)]}
 
 
 def _chips_panel(ax, chips, steps):
@@ -131,9 +135,8 @@ def _chips_panel(ax, chips, steps):
         ax.scatter([x], [y], s=46, color=fill, marker=marker, edgecolor=edge, linewidth=width, zorder=3)
     keys = [ax.scatter([], [], s=46, label=name, **_style(number)) for name, number in names.items()]
     filled = {"decode": "filled: decode", "prefill": "hollow: prefill"}
-    ax.legend(handles=keys, loc="lower right", ncols=2, frameon=True, framealpha=0.95, edgecolor=GRID, fontsize=8.5,
-              title=", ".join(filled[p] for p in steps), title_fontsize=8.5)
-    ax.set(xlim=(left, right), ylim=(min(s[1] for s in spots) / 20, max(c.get("flops_fp8") for c in chips) * 2))
+    ax.legend(handles=keys, title=", ".join(filled[p] for p in steps), title_fontsize=8.5, **LEGEND)
+    ax.set(xlim=(left, right), ylim=(min(s[1] for s in spots) / 3, max(c.get("flops_fp8") for c in chips) * 2))
     ax.set_title(f"Bounds: FP8 rooflines, and the model's products on {first.key}")
     ax.labels = []
 
@@ -146,8 +149,7 @@ def _place_labels(figure, ax):
         text, xs, ys = ax.along
         (x0, y0), (x1, y1) = ax.transData.transform(np.column_stack([xs, ys]))
         text.set_rotation(np.degrees(np.arctan2(y1 - y0, x1 - x0)))
-    for x, y, *_ in ax.labels:
-        px, py = ax.transData.transform((x, y))
+    for px, py in ax.transData.transform([xy for drawn in ax.collections for xy in drawn.get_offsets()]):
         taken.append((px - 6, py - 6, px + 6, py + 6))
     taken += [_box(t, renderer) for t in [*ax.texts, ax.get_legend()] if t is not None]
     for line in ax.lines:

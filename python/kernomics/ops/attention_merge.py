@@ -73,11 +73,11 @@ def attention_merge(out_a: BF16["... q h d"], lse_a: F32["... h q"], out_b: BF16
     """
     outs = [np.asarray(x).astype(np.float64) for x in (out_a, out_b)]
     lses = [np.where(x == np.inf, -np.inf, x.astype(np.float64)) for x in (lse_a, lse_b)]
-    lse = np.logaddexp(*lses)
+    with np.errstate(invalid="ignore"):
+        lse = np.logaddexp(*lses)
     out = np.zeros(outs[0].shape)
     for x, x_lse in zip(outs, lses):
         with np.errstate(invalid="ignore"):
-            weight = np.where(x_lse == -np.inf, 0, np.exp(x_lse - lse))
-        weight = np.swapaxes(weight, -1, -2)[..., None]  # [... q h 1]
-        out += np.where(weight == 0, 0, weight * x)
+            weight = np.swapaxes(np.exp(x_lse - lse), -1, -2)[..., None]  # [... q h 1]
+            out += np.where(np.swapaxes(x_lse, -1, -2)[..., None] == -np.inf, 0, weight * x)
     return out, lse

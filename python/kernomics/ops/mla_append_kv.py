@@ -11,13 +11,14 @@ from kernomics.numerics import UNIT, block_scale, e4m3_decode, e4m3_encode, pack
 def _token(kv_c, k_pe, norm_weight, eps, cos, sin, interleaved):
     """Latent and rotated values before the rounding to bf16, float64."""
     latent, pe = kv_c.astype(np.float64), k_pe.astype(np.float64)
-    if norm_weight is not None:
-        latent = latent / np.sqrt(np.mean(latent**2, axis=1, keepdims=True) + eps) * norm_weight.astype(np.float64)
-    if cos is not None:
-        first, second = (slice(0, None, 2), slice(1, None, 2)) if interleaved else (slice(0, 32), slice(32, 64))
-        x, y, rope = pe[:, first], pe[:, second], np.empty(pe.shape)
-        rope[:, first], rope[:, second] = x * cos - y * sin, x * sin + y * cos
-        pe = rope
+    with np.errstate(invalid="ignore"):
+        if norm_weight is not None:
+            latent = latent / np.sqrt(np.mean(latent**2, axis=1, keepdims=True) + eps) * norm_weight.astype(np.float64)
+        if cos is not None:
+            first, second = (slice(0, None, 2), slice(1, None, 2)) if interleaved else (slice(0, 32), slice(32, 64))
+            x, y, rope = pe[:, first], pe[:, second], np.empty(pe.shape)
+            rope[:, first], rope[:, second] = x * cos - y * sin, x * sin + y * cos
+            pe = rope
     return latent, pe
 
 
@@ -66,8 +67,7 @@ def _judge(got, want, inputs):
     before, keep = want[0].reshape(cache.shape), slots >= 0
     names = ("kv_c", "k_pe", "norm_weight", "eps", "cos", "sin", "interleaved")
     pe_in = inputs["k_pe"].astype(np.float64)[keep]
-    with np.errstate(invalid="ignore", over="ignore"):
-        latent, pe = (x[keep] for x in _token(*(inputs[n] for n in names)))
+    latent, pe = (x[keep] for x in _token(*(inputs[n] for n in names)))
     slots = slots[keep]
     untouched = np.setdiff1d(np.arange(len(cache)), slots)
     row = cache[slots]

@@ -47,6 +47,12 @@ def _check_data(error, block_table, seq_lens, p, page, n):
         raise error("block_table", f"{block_table[i, j]} at [{i}, {j}]", f"a page from 0 to {p - 1}")
 
 
+def split_workspace(items, keys, rows):
+    """Bytes that hold out, maximum and sum of every row and split: enough splits for 32 items, of 256 keys or more."""
+    splits = min(-(-32 // max(items, 1)), -(-keys // 256))
+    return splits * rows * 514 * 4 if splits > 1 else 0
+
+
 @op(
     flops=_flops,
     bytes=_bytes,
@@ -85,7 +91,10 @@ def _check_data(error, block_table, seq_lens, p, page, n):
     contiguous=("kv_cache",),
     rows="b",
     judge=lambda got, want, inputs: judge_attention(*got, *want),
-    kernels=[Kernel("cpu", "kernomics._cpu:mla_decode")],
+    kernels=[
+        Kernel("cpu", "kernomics._cpu:mla_decode", workspace=lambda dims, chip: split_workspace(
+            dims["b"] * -(-dims["q"] * dims["h"] // 64), dims["n"] * dims["page"], dims["b"] * dims["q"] * dims["h"])),
+    ],
 )
 def mla_decode(q: BF16["b q h 576"], kv_cache: BF16["p page 576"] | U8["p page 656"], block_table: I32["b n"],
                seq_lens: I32["b"], *, softmax_scale: float, causal: bool = True,

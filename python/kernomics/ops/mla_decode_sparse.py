@@ -4,6 +4,7 @@ import numpy as np
 
 from kernomics.contract import BF16, F32, I32, U8, Case, Kernel, op
 from kernomics.numerics import cache_values, draw_cache, judge_attention, sink_weight, softmax
+from kernomics.ops.mla_decode import split_workspace
 
 SCALE = 0.1352  # DeepSeek-V3: 192**-0.5 * (0.1 * ln(40) + 1)**2
 
@@ -63,7 +64,10 @@ def _rows(rng, inputs):
     contiguous=("kv_cache",),
     rows=_rows,
     judge=lambda got, want, inputs: judge_attention(*got, *want),
-    kernels=[Kernel("cpu", "kernomics._cpu:mla_decode_sparse")],
+    kernels=[
+        Kernel("cpu", "kernomics._cpu:mla_decode_sparse", workspace=lambda dims, chip: split_workspace(
+            dims["b"] * dims["q"] * -(-dims["h"] // 64), dims["top_k"], dims["b"] * dims["q"] * dims["h"])),
+    ],
 )
 def mla_decode_sparse(q: BF16["b q h 576"], kv_cache: BF16["p page 576"] | U8["p page 656"], indices: I32["b q top_k"], *,
                       softmax_scale: float, sink: F32["h"] | None = None) -> (BF16["b q h 512"], F32["b h q"]):

@@ -52,7 +52,7 @@ def two_heads(rng, inputs):
         Case(b=1, t=1024, s=1024, h=128, softmax_scale=SCALE, bench="prefill chunk"),
         Case(b=1, t=4096, s=4096, h=16, softmax_scale=SCALE, bench="prefill 4k, 16 heads a rank"),
         Case(b=1, t=512, s=4096, h=16, softmax_scale=SCALE, bench="prefill chunk of 512 at 4k, 16 heads a rank"),
-        Case(b=4, t=4, s=4096, h=128, softmax_scale=SCALE, bench="decode, 4 x 1k keys"),
+        Case(b=4, t=4, s=4096, h=16, softmax_scale=SCALE, bench="decode, 4 x 1k keys, 16 heads a rank"),
         Case(b=3, t=11, s=20, h=5, t_lens=(3, 7, 1), s_lens=(13, 4, 3), softmax_scale=0.1),  # nothing divides; tq > tk
         Case(b=2, t=9, s=10, h=3, t_lens=(4, 5), s_lens=(7, 3), softmax_scale=0.1, causal=False),
         Case(b=1, t=1, s=1, h=1, softmax_scale=1.0),  # one token

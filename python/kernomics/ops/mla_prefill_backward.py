@@ -3,16 +3,16 @@
 import numpy as np
 
 from kernomics.contract import BF16, F32, I32, Case, op
-from kernomics.numerics import UNIT, norm_error, rounded
+from kernomics.numerics import DTYPES, UNIT, norm_error, rounded
 from kernomics.ops.mla_prefill import SCALE, check_offsets, draw_offsets, mla_prefill, pairs, seen, two_heads
 
 
 def _sample(rng, t, s, h, softmax_scale, b=1, t_lens=None, s_lens=None, causal=True):
     drawn = draw_offsets(t, s, b, t_lens, s_lens)
     for name, shape in {"q": (t, h, 192), "k": (s, h, 192), "v": (s, h, 128)}.items():
-        drawn[name] = rng.standard_normal(shape, np.float32).astype(BF16_DTYPE)
+        drawn[name] = rng.standard_normal(shape, np.float32).astype(DTYPES["bf16"])
     out, lse = mla_prefill.define(**drawn, softmax_scale=softmax_scale, causal=causal)
-    return drawn | {"out": out.astype(BF16_DTYPE), "lse": lse.astype(np.float32)}
+    return drawn | {"out": out.astype(DTYPES["bf16"]), "lse": lse.astype(np.float32)}
 
 
 def _judge(got, want, inputs):
