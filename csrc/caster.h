@@ -16,11 +16,14 @@ template <> struct type_caster<kn::TensorView> {
         PyObject* t = src.ptr();
         if (!PyTuple_Check(t) || PyTuple_Size(t) != 3) return false;
         PyObject* sizes = PyTuple_GetItem(t, 2);
-        if (!PyTuple_Check(sizes) || PyTuple_Size(sizes) > 5) return false;
+        if (!PyTuple_Check(sizes)) return false;
         value.data = PyLong_AsVoidPtr(PyTuple_GetItem(t, 0));
         value.dtype = static_cast<kn::Dtype>(PyLong_AsLong(PyTuple_GetItem(t, 1)));
-        value.ndim = static_cast<int>(PyTuple_Size(sizes));
-        for (int i = 0; i < value.ndim; ++i) value.size[i] = PyLong_AsLongLong(PyTuple_GetItem(sizes, i));
+        // Leading dims beyond the fifth from the end are one to every kernel.
+        const int given = static_cast<int>(PyTuple_Size(sizes)), folded = given > 5 ? given - 5 : 0;
+        value.ndim = given - folded;
+        for (int i = 0; i < value.ndim; ++i) value.size[i] = PyLong_AsLongLong(PyTuple_GetItem(sizes, i + folded));
+        for (int i = 0; i < folded; ++i) value.size[0] *= PyLong_AsLongLong(PyTuple_GetItem(sizes, i));
         if (PyErr_Occurred()) {
             PyErr_Clear();
             return false;

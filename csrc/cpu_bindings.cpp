@@ -1,11 +1,17 @@
 // kernomics._cpu: the CPU kernels, each called with inputs, outputs, workspace, scalars, threads.
+// tests/native compiles this file with pybind11 instead (KN_EMBED), into an executable under a sanitizer.
+#if defined(KN_EMBED)
+#include "embed.h"
+#else
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "caster.h"
+#endif
+
 #include <cstdlib>
 
-#include "caster.h"
 #include "cpu/kernels.h"
 
 namespace nb = nanobind;
@@ -13,6 +19,14 @@ using namespace kn;
 using T = TensorView;
 
 #define KERNEL(name, ...) m.def(#name, __VA_ARGS__, nb::call_guard<nb::gil_scoped_release>())
+
+#if defined(__clang__)
+#define KN_COMPILER "clang " __clang_version__
+#elif defined(__GNUC__)
+#define KN_COMPILER "gcc " __VERSION__
+#else
+#define KN_COMPILER "unknown"
+#endif
 
 NB_MODULE(_cpu, m) {
     m.def("isas", [] {
@@ -27,6 +41,20 @@ NB_MODULE(_cpu, m) {
     if (const char* name = std::getenv("KERNOMICS_ISA"))
         if (!use_isa(name)) throw nb::import_error((std::string("KERNOMICS_ISA=") + name + ": this machine does not run it").c_str());
 
+    m.attr("compiler") = KN_COMPILER;
+    KERNEL(ceiling_fma, [](int threads, int64_t iterations) {
+        double flops = 0;
+        std::vector<double> sums(size_t(threads), 0.0);
+        kernels().ceiling_fma({iterations, &flops, sums.data(), threads});
+        return flops;
+    });
+    KERNEL(ceiling_read, [](T buffer, int threads) {
+        std::vector<double> sums(size_t(threads), 0.0);
+        kernels().ceiling_read({buffer, sums.data(), threads});
+        double sum = 0;
+        for (double x : sums) sum += x;
+        return sum;
+    });
     KERNEL(fp8_quantize, [](T x, T codes, T scale, T, int b0, int b1, int pow2, double floor, int threads) {
         kernels().fp8_quantize({x, codes, scale, b0, b1, pow2 == 1, float(floor), threads});
     });

@@ -10,7 +10,6 @@ from kernomics.contract import Case
 from kernomics.numerics import judge_attention, norm_error
 from kernomics.numpy_ops import sample
 
-USED = ("attention_merge",)
 BF16 = ml_dtypes.bfloat16
 
 

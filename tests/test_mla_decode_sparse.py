@@ -10,7 +10,6 @@ from kernomics.contract import Case
 from kernomics.numerics import judge_attention, norm_error, pack_fp8_cache
 from kernomics.numpy_ops import sample
 
-USED = ("mla_decode_sparse", "mla_decode", "attention_merge")
 BF16 = ml_dtypes.bfloat16
 
 

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from kernomics.contract import Case
 from kernomics.numpy_ops import sample
 
-USED = ("mla_index",)
 OP = kx.OPS["mla_index"]
 
 

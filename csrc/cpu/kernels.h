@@ -1,6 +1,7 @@
 // The list of CPU kernels: name, params struct. One line here makes a kernel part of every ISA's table.
 #pragma once
 #include "attention_merge.h"
+#include "ceilings.h"
 #include "fp8_gemm.h"
 #include "fp8_quantize.h"
 #include "mla_append_kv.h"
@@ -9,6 +10,8 @@
 #include "mla_prefill.h"
 
 #define KN_KERNELS(X)           \
+    X(ceiling_fma, CeilingFma)   \
+    X(ceiling_read, CeilingRead) \
     X(fp8_quantize, Fp8Quantize) \
     X(fp8_gemm, Fp8Gemm)         \
     X(mla_append_kv, MlaAppendKv) \

@@ -43,7 +43,7 @@ class _AfterTorch(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         importlib.import_module("kernomics.torch_ops")
 
 
-if "torch" in sys.modules:
+if sys.modules.get("torch") is not None:
     importlib.import_module("kernomics.torch_ops")
 else:
     sys.meta_path.insert(0, _AfterTorch())

@@ -32,3 +32,26 @@ def price(
     except CostError as error:
         typer.echo(f"kernomics price: {error}", err=True)
         raise typer.Exit(2) from None
+
+
+@app.command()
+def bench(
+    op: list[str] = typer.Option([], help="Only this op; repeatable."),
+    isa: str = typer.Option(None, help="base, avx2, avx512, or all to compare them. Default: the best this machine runs."),
+    threads: int = typer.Option(None, help="Threads of kernels and peers. Default: all."),
+    quick: bool = typer.Option(False, "--quick", help="One decode and one prefill case of the main ops, in about a minute."),
+    peers: bool = typer.Option(True, help="Time what PyTorch offers for the same call, too."),
+    record: bool = typer.Option(False, "--record", help="Write the records to bench/results instead of out/bench.jsonl."),
+    results: str = typer.Option(None, help="Write the records to this folder, one file a chip."),
+):
+    """Judge every CPU kernel against its definition, then time it beside this machine's limits and PyTorch."""
+    from kernomics.bench import run
+    from kernomics.contract import ContractError
+
+    try:
+        rows = run.main(op or None, None, isa, threads, quick, results or record or None, peers)
+    except ContractError as error:
+        typer.echo(f"kernomics bench: {error}", err=True)
+        raise typer.Exit(2) from None
+    if any(row.failed for row in rows):
+        raise typer.Exit(1)

@@ -63,14 +63,14 @@ def fp8_grouped_wgrad(dy: FP8["t n"], dy_scale: F32["t/128 n"], x: FP8["t k"], x
     Examples
     --------
     >>> import numpy as np, kernomics as kx
-    >>> x, x_scale = kx.fp8_quantize(np.ones((3, 2), np.float32), block=(128, 1), backend="reference")
+    >>> x, x_scale = kx.fp8_quantize(np.full((3, 2), 7, np.float32), block=(128, 1), backend="reference")
     >>> offsets = np.array([0, 1, 3], np.int32)
     >>> kx.fp8_grouped_wgrad(x, x_scale, x, x_scale, offsets, backend="reference")
-    array([[[1., 1.],
-            [1., 1.]],
+    array([[[49., 49.],
+            [49., 49.]],
     <BLANKLINE>
-           [[2., 2.],
-            [2., 2.]]], dtype=float32)
+           [[98., 98.],
+            [98., 98.]]], dtype=float32)
     """
     dy = dequantize(dy, dy_scale, (128, 1))  # [t, n]
     x = dequantize(x, x_scale, (128, 1))  # [t, k]

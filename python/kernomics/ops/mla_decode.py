@@ -129,7 +129,7 @@ def mla_decode(q: BF16["b q h 576"], kv_cache: BF16["p page 576"] | U8["p page 6
 
     References
     ----------
-    DeepSeek-V2 technical report, section 2.1 and appendix C; FlashMLA ``flash_mla_with_kvcache``.
+    DeepSeek-V2 technical report, section 2.1; FlashMLA ``flash_mla_with_kvcache``.
 
     Examples
     --------

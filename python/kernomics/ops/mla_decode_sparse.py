@@ -4,9 +4,7 @@ import numpy as np
 
 from kernomics.contract import BF16, F32, I32, U8, Case, Kernel, op
 from kernomics.numerics import cache_values, draw_cache, judge_attention, sink_weight, softmax
-from kernomics.ops.mla_decode import split_workspace
-
-SCALE = 0.1352  # DeepSeek-V3: 192**-0.5 * (0.1 * ln(40) + 1)**2
+from kernomics.ops.mla_decode import SCALE, split_workspace
 
 
 def _flops(b, q, h, top_k, keys=None):
@@ -36,7 +34,7 @@ def _rows(rng, inputs):
     i = slice(*(rng.integers(inputs["q"].shape[0]) + [0, 1]))
     rows = np.sort(rng.permutation(inputs["q"].shape[1])[:4])
     cut = inputs | {n: inputs[n][i][:, rows] for n in ("q", "indices")}
-    return cut, lambda outs: [outs[0][i][:, rows], outs[1][i][:, :, rows]]
+    return cut, lambda outs: [x[i][at] for x, at in zip(outs, (np.s_[:, rows], np.s_[:, :, rows]))]
 
 
 @op(

@@ -1,5 +1,7 @@
 """Expert outputs added up per token."""
 
+import numpy as np
+
 from kernomics.contract import BF16, F32, I32, Case, Kernel, like, op
 from kernomics.numerics import draw_weights, judge_sums
 from kernomics.ops.moe_permute_backward import check_rows_of, sample_rows_of, sum_of_rows
@@ -7,7 +9,7 @@ from kernomics.ops.moe_permute_backward import check_rows_of, sample_rows_of, su
 
 def _judge(got, want, inputs):
     row_of, weights = inputs["row_of"], inputs["weights"]
-    squares = None if weights is None else weights.astype(np.float64) ** 2
+    squares = None if weights is None else weights**2
     noise = np.sqrt(sum_of_rows(inputs["y"].astype(np.float32) ** 2, row_of, squares))
     return judge_sums(got[0], want[0], k=row_of.shape[1], noise=noise)
 
