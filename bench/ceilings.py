@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-
 from kernomics import _cpu
 
 
@@ -22,7 +21,7 @@ def best_rate(work, budget_s):
             return best
 
 
-def fma_peak(isa, threads, budget_s=0.3):
+def fma_peak(isa, threads, budget_s=0.2):
     """FLOP/s of f32 multiply-adds in registers."""
     before = _cpu.isa()
     _cpu.use_isa(isa)
@@ -39,7 +38,7 @@ def read_buffer(least=1 << 30):
     return np.ones(size // 4, np.float32)  # zeros would be one page of memory read again and again
 
 
-def read_bandwidth(buffer, threads, budget_s=0.6):
+def read_bandwidth(buffer, threads, budget_s=0.3):
     """Bytes/s of summing ``buffer``."""
     view = (buffer.ctypes.data, 0, buffer.shape)
 

@@ -5,11 +5,11 @@ work and returns what the op's first output holds (for a quantizer: codes and sc
 """
 
 import warnings
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-
 from kernomics.torch_ops import from_numpy
 
 PEERS = {}  # op -> {name: build}
@@ -20,27 +20,26 @@ class TooLarge(RuntimeError):
     """The converted operands would not fit."""
 
 
-def peer(*ops, **options):
-    """Register ``build`` under its name, once for each set of options."""
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+
+
+def peer(label, *ops, **options):
+    """Register ``build`` for these ops."""
 
     def decorate(build):
         for op in ops:
-            PEERS.setdefault(op, {})[(build.__name__ + " " + " ".join(options.values())).strip().replace("_", " ")] = (
-                lambda x, build=build: build(x, **{k: DTYPES.get(v, v) for k, v in options.items()}))
+            PEERS.setdefault(op, {})[label] = partial(build, **options)
         return build
 
     return decorate
 
 
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
-
-
-def both(*ops):
-    """The peer in f32 and in bf16."""
+def both(label, *ops):
+    """Register it in f32 and in bf16."""
 
     def decorate(build):
-        for dtype in DTYPES:
-            peer(*ops, dtype=dtype)(build)
+        for name, dtype in DTYPES.items():
+            peer(f"{label} {name}", *ops, dtype=dtype)(build)
         return build
 
     return decorate
@@ -64,7 +63,10 @@ def dequantize(codes, scale, block, dtype):
         if codes.numel() * dtype.itemsize > LARGEST:
             raise TooLarge(f"weights of {codes.numel() * dtype.itemsize / 1e9:.1f} GB")
         return torch.stack([dequantize(c, s, block, dtype) for c, s in zip(codes, scale)])
-    return (codes.float() * spread(scale, block, codes.shape)).to(dtype)
+    (m, k), (b0, b1) = codes.shape, block
+    if m % b0 or k % b1:
+        return (codes.float() * spread(scale, block, codes.shape)).to(dtype)
+    return (codes.float().view(m // b0, b0, k // b1, b1) * scale[:, None, :, None]).view(m, k).to(dtype)
 
 
 def int8_linear(w):
@@ -80,34 +82,34 @@ def int8_linear(w):
 # ---------------------------------------------------------------- matrix products
 
 
-@both("fp8_gemm")
+@both("matmul", "fp8_gemm")
 def matmul(x, dtype):
     a, b = dequantize(x.a, x.a_scale, (1, 128), dtype), dequantize(x.b, x.b_scale, (128, 128), dtype)
     return lambda: F.linear(a, b)
 
 
-@peer("fp8_gemm")
+@peer("int8 dynamic", "fp8_gemm")
 def int8_dynamic(x):
     a, linear = dequantize(x.a, x.a_scale, (1, 128), torch.float32), int8_linear(
         dequantize(x.b, x.b_scale, (128, 128), torch.float32))
     return lambda: linear(a)
 
 
-@both("fp8_linear")
+@both("linear", "fp8_linear")
 def linear(x, dtype):
     a, w = x.x.to(dtype), dequantize(x.w, x.w_scale, (128, 128), dtype)
     bias = None if x.bias is None else x.bias.to(dtype)
     return lambda: F.linear(a, w, bias)
 
 
-@peer("fp8_linear")
+@peer("int8 dynamic", "fp8_linear")
 def int8_dynamic_linear(x):
     linear = int8_linear(dequantize(x.w, x.w_scale, (128, 128), torch.float32))
     a, bias = x.x.float(), 0 if x.bias is None else x.bias.float()
     return lambda: linear(a) + bias
 
 
-@both("fp8_grouped_gemm")
+@both("matmul by group", "fp8_grouped_gemm")
 def matmul_by_group(x, dtype):
     a, b = dequantize(x.a, x.a_scale, (1, 128), dtype), dequantize(x.b, x.b_scale, (128, 128), dtype)
     ends = x.offsets.tolist()
@@ -122,17 +124,17 @@ def matmul_by_group(x, dtype):
     return call
 
 
-@peer("fp8_grouped_gemm")
-def grouped_mm_bf16(x):
+@peer("grouped_mm bf16", "fp8_grouped_gemm")
+def grouped_mm(x):
     a, b = dequantize(x.a, x.a_scale, (1, 128), torch.bfloat16), dequantize(x.b, x.b_scale, (128, 128), torch.bfloat16)
     b, ends = b.transpose(1, 2), x.offsets[1:].contiguous()
     return lambda: torch._grouped_mm(a, b, offs=ends)
 
 
-@peer("fp8_grouped_wgrad")
-def matmul_by_group_f32(x):
-    dy = x.dy.float() * x.dy_scale.repeat_interleave(128, 0)[: len(x.dy)]
-    a = x.x.float() * x.x_scale.repeat_interleave(128, 0)[: len(x.x)]
+@both("matmul by group", "fp8_grouped_wgrad")
+def wgrad_by_group(x, dtype):
+    dy = x.dy.to(dtype) * x.dy_scale.repeat_interleave(128, 0)[: len(x.dy)]
+    a = x.x.to(dtype) * x.x_scale.repeat_interleave(128, 0)[: len(x.x)]
     ends = x.offsets.tolist()
     return lambda: torch.stack([dy[i:j].T @ a[i:j] for i, j in zip(ends, ends[1:])])
 
@@ -165,7 +167,7 @@ def gathered(x, dtype):
     return x.q.to(dtype).reshape(b, q * h, 576).contiguous(), keys, mask
 
 
-@both("mla_decode")
+@both("bmm", "mla_decode")
 def bmm(x, dtype):
     q, keys, mask = gathered(x, dtype)
     values = keys[..., :512]
@@ -177,15 +179,16 @@ def bmm(x, dtype):
     return call
 
 
-@both("mla_decode")
-def SDPA_heads_as_rows(x, dtype):
+@both("SDPA by rows", "mla_decode")
+def sdpa_heads_as_rows(x, dtype):
+    """Heads as rows of one head: the cache is read in blocks for all of them."""
     q, keys, mask = gathered(x, dtype)
     q, keys = q[:, None], keys[:, None]
     return lambda: F.scaled_dot_product_attention(
         q, keys, keys, attn_mask=mask, scale=x.softmax_scale)[..., :512].reshape(*x.q.shape[:3], 512)
 
 
-@both("mla_decode_sparse")
+@both("gather, bmm", "mla_decode_sparse")
 def gather_and_bmm(x, dtype):
     """Indices change with every token, so that gathering is part of the call."""
     b, q, h, _ = x.q.shape
@@ -204,7 +207,7 @@ def gather_and_bmm(x, dtype):
 
 def by_head(x, dtype):
     """q [b, h, tq, 192], k, v, and the options of a causal mask aligned to the end."""
-    b, (t, h, _) = len(x.cu_q) - 1, x.q.shape
+    b, h = len(x.cu_q) - 1, x.q.shape[1]
     if (x.cu_q.diff().unique().numel(), x.cu_k.diff().unique().numel()) != (1, 1):
         raise NotImplementedError("sequences of several lengths")
     q, k, v = (y.to(dtype).view(b, -1, h, y.shape[-1]).transpose(1, 2).contiguous() for y in (x.q, x.k, x.v))
@@ -217,26 +220,19 @@ def by_head(x, dtype):
     return q, k, v, mask
 
 
-@both("mla_prefill")
-def SDPA(x, dtype):
-    q, k, v, mask = by_head(x, dtype)
-    return lambda: F.scaled_dot_product_attention(q, k, v, scale=x.softmax_scale, **mask).transpose(1, 2).flatten(0, 1)
-
-
-@both("mla_prefill")
-def SDPA_padded_values(x, dtype):
-    """Values as wide as the keys: what the fused CPU kernel asks for."""
+@both("SDPA padded", "mla_prefill")
+def sdpa_padded(x, dtype):
+    """Values padded to the width of the keys: otherwise torch takes its unfused path, which is many times slower."""
     q, k, v, mask = by_head(x, dtype)
     v = F.pad(v, (0, 64))
     return lambda: F.scaled_dot_product_attention(
         q, k, v, scale=x.softmax_scale, **mask)[..., :128].transpose(1, 2).flatten(0, 1)
 
 
-@peer("attention_merge")
-def eager(x):
-    a, b = x.lse_a, x.lse_b
-
+@peer("eager", "attention_merge")
+def merge(x):
     def call():
+        a, b = (torch.where(s == torch.inf, -torch.inf, s) for s in (x.lse_a, x.lse_b))
         lse = torch.logaddexp(a, b)
         wa, wb = ((s - lse).exp().nan_to_num(0).transpose(-1, -2)[..., None] for s in (a, b))
         return (x.out_a * wa + x.out_b * wb).to(torch.bfloat16), lse
@@ -244,8 +240,8 @@ def eager(x):
     return call
 
 
-@peer("mla_index")
-def einsum_f32(x):
+@peer("matmul f32", "mla_index")
+def index_scores(x):
     q, k = x.q.float(), x.k.float() * x.k_scale[:, None]
     at = torch.arange(len(k))
     outside = (at < x.start[:, None]) | (at >= x.stop[:, None])
@@ -257,8 +253,8 @@ def einsum_f32(x):
     return call
 
 
-@peer("mla_append_kv")
-def eager_append(x):
+@peer("eager", "mla_append_kv")
+def append(x):
     if x.norm_weight is None or x.cos is None or not x.interleaved:
         raise NotImplementedError("norm and interleaved RoPE only")
     cache, slots, weight = x.kv_cache.flatten(0, 1).clone(), x.slots, x.norm_weight.to(torch.bfloat16)
@@ -289,8 +285,8 @@ def rounded_codes(x, scale, floor=1e-4):
     return (blocks / s[..., None]).to(torch.float8_e4m3fn).view(x.shape), s
 
 
-@peer("fp8_quantize")
-def eager_quantize(x):
+@peer("eager", "fp8_quantize")
+def quantize(x):
     if x.x.shape[1] % 128 or x.block not in ((1, 128), (128, 128)):
         raise NotImplementedError("blocks that divide only")
     if x.block == (1, 128):
@@ -306,8 +302,8 @@ def eager_quantize(x):
     return call
 
 
-@peer("swiglu_quantize")
-def eager_swiglu(x):
+@peer("eager", "swiglu_quantize")
+def swiglu(x):
     def call():
         gate, up = x.x.chunk(2, -1)
         return rounded_codes((F.silu(gate) * up).float(), x.scale)
@@ -318,8 +314,8 @@ def eager_swiglu(x):
 # ---------------------------------------------------------------- mixture of experts
 
 
-@peer("moe_route")
-def eager_gate(x):
+@peer("eager", "moe_route")
+def gate(x):
     """DeepSeek-V3's gate as its inference code writes it."""
     if x.score != "sigmoid" or x.group_score != "top2":
         raise NotImplementedError("sigmoid scores and groups by their top two only")
@@ -341,8 +337,8 @@ def eager_gate(x):
     return call
 
 
-@peer("moe_permute")
-def eager_permute(x):
+@peer("eager", "moe_permute")
+def permute(x):
     top_k = x.experts.shape[1]
 
     def call():
@@ -356,8 +352,8 @@ def eager_permute(x):
     return call
 
 
-@peer("moe_combine")
-def eager_combine(x):
+@peer("eager", "moe_combine")
+def combine(x):
     weights = torch.ones(x.row_of.shape) if x.weights is None else x.weights
 
     def call():
@@ -366,22 +362,34 @@ def eager_combine(x):
     return call
 
 
+_last = {}  # weights of the peer before, if this one wants the same
+
+
 def experts_in_use(x, dtype):
-    """Weights of the experts that tokens use, and (expert, token, slot) of each."""
-    used = torch.unique(x.experts[x.experts >= 0])
+    """The experts that tokens use, and their weights one after the other."""
+    used = torch.unique(x.experts[x.experts >= 0]).long()
+    key = (x.w13.data_ptr(), x.w2.data_ptr(), dtype, *used.tolist())
+    if key in _last:
+        return used, *_last[key]
+    _last.clear()
     size = 3 * x.w2.shape[1] * x.w2.shape[2] * len(used) * dtype.itemsize
     if size > LARGEST:
         raise TooLarge(f"weights of {size / 1e9:.1f} GB")
     if x.w13.dtype == torch.float8_e4m3fn:
-        w13, w2 = (torch.stack([dequantize(w[i], s[i], (128, 128), dtype) for i in used])
-                   for w, s in ((x.w13, x.w13_scale), (x.w2, x.w2_scale)))
+        _last[key] = [torch.stack([dequantize(w[i], s[i], (128, 128), dtype) for i in used])
+                      for w, s in ((x.w13, x.w13_scale), (x.w2, x.w2_scale))]
     else:
-        w13, w2 = x.w13[used].to(dtype), x.w2[used].to(dtype)
-    return used, w13, w2
+        _last[key] = x.w13[used].to(dtype), x.w2[used].to(dtype)
+    return used, *_last[key]
 
 
-@both("moe_experts", "moe_experts_bf16")
-def eager_loop(x, dtype):
+def forget():
+    """Free the weights kept for a next peer."""
+    _last.clear()
+
+
+@both("expert loop", "moe_experts", "moe_experts_bf16")
+def expert_loop(x, dtype):
     """One expert after the other, as DeepSeek-V3's inference code does it."""
     used, w13, w2 = experts_in_use(x, dtype)
     a = x.x.to(dtype)
@@ -398,8 +406,8 @@ def eager_loop(x, dtype):
     return call
 
 
-@peer("moe_experts", "moe_experts_bf16")
-def grouped_mm_experts_bf16(x):
+@peer("grouped_mm bf16", "moe_experts", "moe_experts_bf16")
+def grouped_experts(x):
     used, w13, w2 = experts_in_use(x, torch.bfloat16)
     w13, w2, top_k = w13.transpose(1, 2), w2.transpose(1, 2), x.experts.shape[1]
     local = torch.searchsorted(used, x.experts.flatten())

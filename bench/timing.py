@@ -48,9 +48,10 @@ class Timed:
         return (time.perf_counter() - start) / self.together
 
     def turn(self, part):
-        """Samples until ``part`` (0 to 1) of the limits is reached, after one untimed call."""
-        self.call()
-        if not self.together:
+        """Samples for ``part`` (0 to 1) of the limits, after one untimed call."""
+        if self.together:
+            self.call()
+        else:
             self.together = 1
             self.together = max(1, int(SHORTEST / max(self.once(), 1e-9)))
         stop = time.perf_counter() + self.budget_s * part

@@ -13,14 +13,16 @@ static const Kernels* chosen = nullptr;
 static void detect() {
     if (count) return;
     tables[count++] = &base::table;
-#if defined(__x86_64__)
+#if defined(KN_HAVE_avx2)
     __builtin_cpu_init();
     const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
                     __builtin_cpu_supports("bmi2");
-    const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd");
     if (v3) tables[count++] = &avx2::table;
-    if (v4) tables[count++] = &avx512::table;
+#endif
+#if defined(KN_HAVE_avx512)
+    if (v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd"))
+        tables[count++] = &avx512::table;
 #endif
     chosen = tables[count - 1];
     if (const char* name = std::getenv("KERNOMICS_ISA")) use_isa(name);  // the bindings complain of a name unknown here

@@ -125,8 +125,11 @@ def register():
         op.public.__globals__["ARRAY"] = np.ndarray
 
 
-def sample(op, case, seed=0):
-    """Inputs (name -> array or None) and scalars (name -> value) of a case; the same seed, the same inputs."""
+def sample(op, case, seed=0, reuse=None):
+    """Inputs (name -> array or None) and scalars (name -> value) of a case; the same seed, the same inputs.
+
+    Arrays of ``reuse`` (name -> array) stand for inputs of that dtype and shape that no ``sample=`` of the op draws.
+    """
     rng = np.random.default_rng(seed)
     values = op.values(case)
     inputs = {}
@@ -135,7 +138,10 @@ def sample(op, case, seed=0):
             inputs[name] = None
             continue
         dtype, shape = item
-        if dtype == "fp8":
+        kept = (reuse or {}).get(name)
+        if kept is not None and (kept.dtype, kept.shape) == (DTYPES[dtype], shape):
+            inputs[name] = kept
+        elif dtype == "fp8":
             # Values across the whole range, subnormals included; drawn from a pool: encoding is slow in NumPy.
             pool = e4m3_encode(rng.standard_normal(1 << 14) * np.exp2(rng.integers(-6, 7, 1 << 14)))
             inputs[name] = pool[rng.integers(0, 1 << 14, shape, dtype=np.uint16)].view(FP8)

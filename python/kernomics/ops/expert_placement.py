@@ -53,7 +53,7 @@ def _replicate(load, slots):
 
 def _place(load, replicas, groups, nodes, gpus):
     """One layer: (expert of each slot, the copy's number)."""
-    e, group = len(load), len(load) // groups
+    group = len(load) // groups
     node, rank = _pack(load.reshape(groups, group).sum(1), nodes)  # whole groups to nodes
     expert_of, copy_of = np.zeros((2, replicas), int)
     slots, share = replicas // nodes, gpus // nodes

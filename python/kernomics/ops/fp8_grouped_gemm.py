@@ -1,5 +1,7 @@
 """FP8 block-scaled matrix products, one weight matrix a group of rows."""
 
+from itertools import pairwise
+
 import numpy as np
 
 from kernomics.contract import BF16, F32, FP8, I32, Case, Kernel, op
@@ -24,7 +26,7 @@ def _rows(rng, inputs):
 def _judge(got, want, inputs):
     noise = np.zeros(want[0].shape)
     a = dequantize(inputs["a"], inputs["a_scale"], (1, 128)).astype(np.float32)
-    for i, (start, stop) in enumerate(zip(inputs["offsets"], inputs["offsets"][1:])):
+    for i, (start, stop) in enumerate(pairwise(inputs["offsets"])):
         if start < stop:
             b = dequantize(inputs["b"][i], inputs["b_scale"][i], (128, 128)).astype(np.float32)
             noise[start:stop] = np.sqrt((a[start:stop] ** 2) @ (b * b).T)
@@ -89,7 +91,7 @@ def fp8_grouped_gemm(a: FP8["t k"], a_scale: F32["t k/128"], b: FP8["e n k"], b_
            [8]], dtype=bfloat16)
     """
     c = np.zeros((a.shape[0], b.shape[1]))
-    for i, (start, stop) in enumerate(zip(offsets, offsets[1:])):
+    for i, (start, stop) in enumerate(pairwise(offsets)):
         if start < stop:
             rows = dequantize(a[start:stop], a_scale[start:stop], (1, 128))  # [rows, k]
             c[start:stop] = rows @ dequantize(b[i], b_scale[i], (128, 128)).T

@@ -1,5 +1,7 @@
 """Weight gradients of grouped FP8 matrix products."""
 
+from itertools import pairwise
+
 import numpy as np
 
 from kernomics.contract import F32, FP8, I32, Case, Kernel, op
@@ -11,7 +13,7 @@ def _judge(got, want, inputs):
     dy = dequantize(inputs["dy"], inputs["dy_scale"], (128, 1)).astype(np.float32)
     x = dequantize(inputs["x"], inputs["x_scale"], (128, 1)).astype(np.float32)
     offsets = inputs["offsets"]
-    for i, (start, stop) in enumerate(zip(offsets, offsets[1:])):
+    for i, (start, stop) in enumerate(pairwise(offsets)):
         noise[i] = np.sqrt((dy[start:stop] ** 2).T @ x[start:stop] ** 2)
     return judge_sums(got[0], want[0], k=int(np.diff(offsets).max(initial=0)), noise=noise)
 
@@ -74,6 +76,5 @@ def fp8_grouped_wgrad(dy: FP8["t n"], dy_scale: F32["t/128 n"], x: FP8["t k"], x
     """
     dy = dequantize(dy, dy_scale, (128, 1))  # [t, n]
     x = dequantize(x, x_scale, (128, 1))  # [t, k]
-    groups = zip(offsets, offsets[1:])
-    dw = [dy[start:stop].T @ x[start:stop] for start, stop in groups]
+    dw = [dy[start:stop].T @ x[start:stop] for start, stop in pairwise(offsets)]
     return np.stack(dw) if dw else np.zeros((0, dy.shape[1], x.shape[1]))

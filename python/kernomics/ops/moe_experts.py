@@ -6,8 +6,21 @@ import numpy as np
 
 from kernomics.contract import BF16, F32, FP8, I32, Case, Kernel, op
 from kernomics.numerics import (
-    UNIT, block_scale, check_index, dequantize, draw_experts, draw_weights, e4m3_decode, e4m3_encode, norm_error,
-    quantize, round_bf16, rounded, silu, spread, swiglu,
+    UNIT,
+    block_scale,
+    check_index,
+    dequantize,
+    draw_experts,
+    draw_weights,
+    e4m3_decode,
+    e4m3_encode,
+    norm_error,
+    quantize,
+    round_bf16,
+    rounded,
+    silu,
+    spread,
+    swiglu,
 )
 
 
@@ -44,9 +57,10 @@ def judge_block(got, want, inputs, w13, w2, activations):
     derivatives, to the FP8 codes and block scales that the other numbers would get, through the second product as
     independent errors. The resulting deviation of the output enters the bound of the whole norm as it is and that of
     an element six times.
-    A fault of one expert is small in the whole: its contribution c must come back with coefficient 1. Errors that
-    know nothing of c, in min(rows * d, rows * n) independent directions, change the coefficient by
-    ``|error| / (|c| * sqrt(rows * min(d, n)))``, of which six are allowed.
+    A fault of one expert is small in the whole: its contribution c must come back with coefficient 1. Errors of
+    deviation s that know nothing of c change the coefficient by ``sqrt(sum (c * s)**2) / sum c**2``, of which six are
+    allowed. s is that of twice the output's rounding, of the sums and of the steps; the latter span only n of d
+    directions where n is smaller.
     """
     unit, weights, experts = UNIT["f32"], inputs["weights"].astype(np.float64), inputs["experts"]
     r, y64 = np.asarray(want[0], np.float64), got[0].astype(np.float64)
@@ -100,9 +114,9 @@ def judge_block(got, want, inputs, w13, w2, activations):
             c = np.where(finite[token], c, 0)
             power = np.sum(c * c)
             if power > 0:
-                allowed = 2 * np.linalg.norm(rounding[token]) + np.linalg.norm(loose[token])
-                allowed *= 6 / np.sqrt(len(token) * min(d, n)) / np.sqrt(power)
-                shares.append(abs(np.sum(error[token] * c)) / power / (allowed + 1e-300))
+                s2 = (2 * UNIT["bf16"] * r) ** 2 / 3 + acc**2 + max(d / n, 1) * variance
+                allowed = 6 * np.sqrt(np.sum(np.where(finite, s2, 0)[token] * c * c))
+                shares.append(abs(np.sum(error[token] * c)) / (allowed + 1e-300))
     return {
         "norm error": (norm_error(y64, r), float(whole)),
         "worst element / its bound": (float(worst), 1.0),

@@ -5,8 +5,8 @@ from typing import Literal
 import numpy as np
 
 from kernomics.contract import BF16, F32, FP8, Case, Kernel, op
-from kernomics.numerics import block_scale, e4m3_encode, quantize, spread, swiglu
 from kernomics.numerics import BF16 as BF16_DTYPE
+from kernomics.numerics import block_scale, e4m3_encode, quantize, spread, swiglu
 
 
 def _judge(got, want, inputs):

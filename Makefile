@@ -1,0 +1,55 @@
+# make run     how fast this machine runs DeepSeek-V3's core, and what tokens would cost here and on other chips
+# make test    every op against its NumPy definition, laws, bad input, native kernels under sanitizers
+# make test-long   the large cases too       make bench   all bench rows      make lint   ruff
+# Each sets up all it needs: a virtual environment, torch, the native build.
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN = $(VENV)/bin
+SOURCES = CMakeLists.txt pyproject.toml $(shell find csrc -type f)
+NATIVE = $(SOURCES) $(shell find tests/native -type f)
+
+.PHONY: run test test-long bench lint build native
+.DELETE_ON_ERROR:
+
+run: build
+	$(BIN)/kernomics bench --quick
+	$(BIN)/kernomics price --records out/bench.jsonl --plot out/roofline.png
+
+bench: build
+	$(BIN)/kernomics bench
+
+test: build lint native
+	$(BIN)/python -m pytest --cov=python/kernomics --cov-report=term:skip-covered
+	for kind in asan tsan; do $(BIN)/ctest --test-dir build/$$kind --output-on-failure || exit 1; done
+
+test-long: build
+	$(BIN)/python -m pytest --long -m long
+
+lint: build
+	$(BIN)/ruff check python bench tests triton_kernels
+
+build: $(VENV)/.built
+
+native: build/asan/.built build/tsan/.built
+
+$(VENV)/.ready: Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -U pip
+	$(BIN)/python -m pip install -q torch==2.13.0 numpy ml_dtypes typer rich matplotlib pytest pytest-cov hypothesis ruff pybind11 \
+	    "scikit-build-core>=0.11" "nanobind>=2.4" ninja "cmake>=3.26"
+	touch $@
+
+$(VENV)/.built: $(VENV)/.ready $(SOURCES)
+	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+build/asan/.built: $(VENV)/.ready $(NATIVE)
+build/asan/.built: SANITIZE = address,undefined
+build/tsan/.built: $(VENV)/.ready $(NATIVE)
+build/tsan/.built: SANITIZE = thread
+build/asan/.built build/tsan/.built:
+	$(BIN)/cmake -G Ninja -S . -B $(@D) -DKERNOMICS_SANITIZE=$(SANITIZE) -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	    -DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) > /dev/null
+	$(BIN)/cmake --build $(@D) > $(@D)/build.log 2>&1 || { tail -60 $(@D)/build.log; exit 1; }
+	touch $@

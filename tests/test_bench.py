@@ -1,0 +1,201 @@
+"""The bench: times are times, no number on a wrong result, records as the cost model reads them."""
+
+import ctypes
+import json
+import time
+
+import numpy as np
+import pytest
+from kernomics import OPS, _cpu, numpy_ops
+from kernomics.bench import ceilings, run, timing
+from kernomics.contract import Case, ContractError, NoKernel
+from kernomics.cost import measured
+
+SMALL = Case(m=2, n=130, k=256, bench="decode, small")
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """fp8_gemm with one small bench case, and ceilings that take no time."""
+    monkeypatch.setattr(OPS["fp8_gemm"], "cases", [SMALL])
+    monkeypatch.setattr(ceilings, "read_buffer", lambda least: np.ones(1 << 16, np.float32))
+    for name in ("fma_peak", "read_bandwidth"):
+        monkeypatch.setattr(ceilings, name, lambda *args, f=getattr(ceilings, name): f(*args, budget_s=0.001))
+
+
+def rows_of(folder, **options):
+    options = {"ops": ["fp8_gemm"], "quick": True, "peers": False, "records": folder} | options
+    rows = run.main(**options)
+    return rows, [json.loads(line) for file in sorted(folder.glob("*.jsonl")) for line in file.read_text().splitlines()]
+
+
+def test_measure_a_sleep():
+    t = timing.measure(lambda: time.sleep(0.01), budget_s=0.05)
+    assert 0.01 <= t.p10 <= t.median <= t.p90 and t.n >= 5
+
+
+def test_measure_limits_and_turns():
+    calls = []
+    timed = [timing.Timed(lambda i=i: calls.append(i) or time.sleep(1e-3), 0.0, 4, 8) for i in range(2)]
+    assert [t.n for t in timing.interleave(timed, rounds=2)] == [4, 4]
+    switches = sum(a != b for a, b in zip(calls, calls[1:]))
+    assert switches == 3  # 0 1 0 1
+
+
+def test_fast_calls_are_timed_together():
+    timed = timing.Timed(lambda: None, 0.01)
+    timing.interleave([timed], rounds=1)
+    assert timed.together > 100
+
+
+def test_ceilings():
+    fma = {isa: ceilings.fma_peak(isa, 1, budget_s=0.05) for isa in _cpu.isas()}
+    assert fma["base"] > 1e8
+    if "avx2" in fma:
+        assert fma["avx2"] > fma["base"]
+    buffer = np.ones(1 << 22, np.float32)
+    assert ceilings.read_bandwidth(buffer, 1, budget_s=0.02) > 1e8
+
+
+@pytest.mark.parametrize("size", (0, 1, 31, 1000, 4099))
+@pytest.mark.parametrize("threads", (1, 3))
+def test_reading_reads_everything(size, threads):
+    x = np.arange(size, dtype=np.float32) % 17
+    for isa in _cpu.isas():
+        before = _cpu.isa()
+        _cpu.use_isa(isa)
+        assert _cpu.ceiling_read((x.ctypes.data, 0, x.shape), threads) == x.sum()
+        _cpu.use_isa(before)
+
+
+def test_cpu_model():
+    assert ceilings.cpu_model("model name : AMD EPYC\ncpu family : 25\nmodel : 1\n") == "amd-epyc-f25m1"
+    assert ceilings.cpu_model("model name : AMD EPYC 7763 64-Core Processor\ncpu family : 25\n") == "amd-epyc-7763"
+    assert ceilings.cpu_model("model name : Intel(R) Xeon(R) Platinum 8275CL CPU @ 3.00GHz\n") == "intel-xeon-platinum-8275cl"
+
+
+def test_record(small, tmp_path):
+    rows, records = rows_of(tmp_path, threads=1)
+    assert [r.failed for r in rows] == [""] and len(records) == 1
+    r = records[0]
+    assert tuple(r) == run.FIELDS
+    assert r["chip"] == ceilings.chip_key(_cpu.isa(), 1) and r["dims"] == {"m": 2, "n": 130, "k": 256}
+    assert r["dtypes"] == {"a": "fp8", "a_scale": "f32", "b": "fp8", "b_scale": "f32"} and r["scalars"] == {"out_dtype": "bf16"}
+    assert 0 < r["p10"] <= r["seconds_median"] <= r["p90"] and r["n"] >= 3
+    assert (r["flops"], r["bytes"]) == (OPS["fp8_gemm"].work(**SMALL).flops, OPS["fp8_gemm"].work(**SMALL).bytes)
+    assert set(r["ceilings"]) == {"flops_f32", "bytes_read"} and r["cache_state"] in ("cold", "warm")
+    seconds, mark = measured.Measured(measured.read(tmp_path)).seconds(r["chip"], "fp8_gemm", SMALL)
+    assert (seconds, mark) == (r["seconds_median"], "measured")
+
+
+def test_records_are_replaced(small, tmp_path):
+    rows_of(tmp_path)
+    _, records = rows_of(tmp_path, isa="all")
+    threads = numpy_ops.get_num_threads()
+    assert {r["chip"] for r in records} == {ceilings.chip_key(isa, threads) for isa in _cpu.isas()}
+    assert len(records) == len(_cpu.isas())
+
+
+def test_no_number_on_a_wrong_result(small, monkeypatch, tmp_path, capsys):
+    kernel = OPS["fp8_gemm"].kernels[0]
+    right = kernel.load()
+
+    def wrong(*args):
+        right(*args)
+        ctypes.c_uint16.from_address(args[4][0]).value ^= 0x40  # one bit of one result
+
+    monkeypatch.setattr(kernel, "function", wrong)
+    monkeypatch.setattr(kernel, "load", lambda: wrong)
+    rows, records = rows_of(tmp_path)
+    assert rows[0].failed and rows[0].timing is None and not records
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_refused_calls_are_named(small, monkeypatch, tmp_path):
+    def refuse(*args):
+        raise NoKernel("fp8_gemm: no kernel takes this call\n  cpu: its `where` excludes these dims")
+
+    monkeypatch.setattr(OPS["fp8_gemm"], "numpy_call", refuse)
+    rows, records = rows_of(tmp_path)
+    assert "where" in rows[0].failed and not records
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"ops": ["fp8_gem"]}, "op is 'fp8_gem'"), ({"isa": "sse9"}, "isa is 'sse9'"), ({"threads": 0}, "threads is 0"),
+])
+def test_bad_options(options, words):
+    with pytest.raises(ContractError, match=words):
+        run.main(**options)
+
+
+# ---------------------------------------------------------------- peers
+
+PEER_CASES = {
+    "fp8_quantize": [Case(m=3, k=256), Case(m=130, k=256, block=(128, 128), x="f32")],
+    "fp8_gemm": [Case(m=3, n=130, k=256)],
+    "fp8_linear": [Case(m=3, n=130, k=256), Case(m=3, n=130, k=256, bias="bf16")],
+    "fp8_grouped_gemm": [Case(t=8, e=3, n=136, k=256, active=2)],
+    "fp8_grouped_wgrad": [Case(t=256, e=2, n=16, k=32, active=2)],
+    "mla_append_kv": [Case(t=3, p=2, page=4, norm_weight="bf16", cos="f32", sin="f32", kv_cache=c) for c in ("bf16", "u8")],
+    "mla_decode": [Case(b=2, q=q, h=4, s=70, page=16, p=12, n=5, softmax_scale=0.1, kv_cache=c) for q in (1, 3)
+                   for c in ("bf16", "u8")],
+    "mla_decode_sparse": [Case(b=2, q=1, h=4, top_k=33, page=16, p=12, softmax_scale=0.1, kv_cache=c) for c in ("bf16", "u8")],
+    "mla_prefill": [Case(b=1, t=40, s=40, h=2, softmax_scale=0.1), Case(b=2, t=6, s=80, h=2, softmax_scale=0.1)],
+    "mla_index": [Case(t=3, h=4, s=50)],
+    "attention_merge": [Case(lead=(3,), q=2, h=4, d=32)],
+    "moe_route": [Case(t=4, e=64, top_k=4, n_group=8, topk_group=4, bias="f32", scaling=2.5)],
+    "moe_permute": [Case(t=6, d=1024, top_k=2, n_experts=5)],
+    "moe_combine": [Case(t=6, d=32, top_k=2, weights="f32")],
+    "swiglu_quantize": [Case(t=5, n=256)],
+    "moe_experts": [Case(t=5, d=1024, n=64, e=3, top_k=2, activations="bf16")],
+    "moe_experts_bf16": [Case(t=5, d=1024, n=64, e=3, top_k=2)],
+}
+
+
+@pytest.mark.parametrize("name", PEER_CASES)
+def test_peers_agree_with_the_definition(name):
+    peers = pytest.importorskip("kernomics.bench.peers")
+    op, ran = OPS[name], 0
+    for case in PEER_CASES[name]:
+        inputs, scalars = numpy_ops.sample(op, case)
+        args = [*run._own(op, inputs).values(), *scalars.values()]
+        result = op.numpy_call(*args, "reference")
+        outs = run._results(op, result, dict(zip(op.tensors, args)))
+        for build in peers.PEERS[name].values():
+            call = build(peers.arguments(run._own(op, inputs), scalars))
+            assert run._peer_error(op, outs, call()) <= run.PEER_ERROR
+            assert run._peer_error(op, outs, call()) <= run.PEER_ERROR  # and again, as when it is timed
+            ran += 1
+    assert ran
+
+
+def test_every_peer_is_tested():
+    peers = pytest.importorskip("kernomics.bench.peers")
+    assert set(peers.PEERS) == set(PEER_CASES)
+
+
+def test_a_failing_peer_keeps_its_reason(small, monkeypatch, tmp_path):
+    peers = pytest.importorskip("kernomics.bench.peers")
+
+    def raises(x):
+        raise RuntimeError("not here\nsecond line")
+
+    good = peers.PEERS["fp8_gemm"]["matmul f32"]
+    monkeypatch.setitem(peers.PEERS, "fp8_gemm", {"broken": raises, "wrong": lambda x: lambda: 2 * good(x)(), "matmul": good})
+    rows, records = rows_of(tmp_path, peers=True)
+    broken, wrong, right = records[0]["peers"]
+    assert broken == {"name": "broken", "reason": "RuntimeError: not here"}
+    assert "differs" in wrong["reason"] and "seconds_median" not in wrong
+    assert right["ratio"] == pytest.approx(right["seconds_median"] / records[0]["seconds_median"])
+    assert rows[0].best_peer["name"] == "matmul"
+
+
+def test_cold_calls_turn_over_copies():
+    op = OPS["fp8_gemm"]
+    inputs, _ = numpy_ops.sample(op, SMALL)
+    work = op.work(**SMALL)
+    variants, cold = run.copies(op, SMALL, work, inputs, l3=4 * 130 * 256)
+    assert cold and len(variants) > 8 and len({v["b"].ctypes.data for v in variants}) == len(variants)
+    assert all(v["a"] is inputs["a"] for v in variants)
+    many = op.work(m=256, n=130, k=256)
+    assert run.copies(op, SMALL, many, inputs, l3=1 << 25) == ([inputs], False)
