@@ -79,4 +79,33 @@ NB_MODULE(_cpu, m) {
     KERNEL(attention_merge, [](T out_a, T lse_a, T out_b, T lse_b, T out, T lse, T, int threads) {
         kernels().attention_merge({out_a, lse_a, out_b, lse_b, out, lse, threads});
     });
+    KERNEL(fp8_grouped_gemm, [](T a, T as, T b, T bs, T offsets, T c, T ws, int threads) {
+        kernels().fp8_grouped_gemm({a, as, b, bs, offsets, c, ws, threads});
+    });
+    KERNEL(fp8_grouped_wgrad, [](T dy, T dys, T x, T xs, T offsets, T dw, T, int threads) {
+        kernels().fp8_grouped_wgrad({dy, dys, x, xs, offsets, dw, threads});
+    });
+    KERNEL(fp8_linear, [](T x, T w, T ws, T bias, T out, T space, int activations, int, int threads) {
+        kernels().fp8_linear({x, w, ws, bias, out, space, activations == 0, threads});
+    });
+    KERNEL(swiglu_quantize, [](T x, T codes, T scale, T, int pow2, int threads) {
+        kernels().swiglu_quantize({x, codes, scale, pow2 == 1, threads});
+    });
+    KERNEL(moe_route, [](T logits, T bias, T weights, T experts, T ws, int, int n_group, int topk_group, int score, int group_score,
+                         bool renormalize, double scaling, int threads) {
+        kernels().moe_route({logits, bias, weights, experts, ws, n_group, topk_group, score == 1, group_score == 1, renormalize,
+                             float(scaling), threads});
+    });
+    KERNEL(moe_permute, [](T x, T experts, T x_sorted, T offsets, T row_of, T ws, int64_t, int threads) {
+        kernels().moe_permute({x, experts, x_sorted, offsets, row_of, ws, threads});
+    });
+    KERNEL(moe_combine, [](T y, T row_of, T weights, T out, T, int threads) {
+        kernels().moe_combine({y, row_of, weights, out, threads});
+    });
+    KERNEL(moe_experts, [](T x, T w13, T s13, T w2, T s2, T weights, T experts, T out, T ws, int activations, int threads) {
+        kernels().moe_experts({x, w13, s13, w2, s2, weights, experts, out, ws, activations == 0, threads});
+    });
+    KERNEL(moe_experts_bf16, [](T x, T w13, T w2, T weights, T experts, T out, T ws, int threads) {
+        kernels().moe_experts({x, w13, {}, w2, {}, weights, experts, out, ws, false, threads});
+    });
 }

@@ -98,10 +98,4 @@ KN_INLINE void finish_row(const float* o, float m, float l, const float* sink, b
     *lse = float(log_sum);
 }
 
-// Work items handed out one by one; who does which changes no result.
-struct Queue {
-    int64_t next = 0;
-    int64_t take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
-};
-
 }  // namespace kn::KN_ISA

@@ -5,6 +5,7 @@
 // Both accumulate in f32 in an order that depends on shapes alone, never on the number of threads.
 #pragma once
 #include "microkernel.h"
+#include "parallel.h"
 
 namespace kn::KN_ISA {
 
@@ -240,11 +241,52 @@ static void panel(int64_t m, const Weights& w, int64_t n0, int64_t n1, const flo
 
 // Write a block of sums, lanes running along x rows, to out[x row, weight row].
 KN_INLINE void store_transposed(void* out, Dtype dtype, int64_t ldo, int64_t m0, int64_t m, int64_t row0, int64_t rows,
-                                const float* sums) {
-    alignas(64) float line[NC];
+                                const float* sums, const bf16* bias) {
+    alignas(64) float line[NC], shift[NC] = {};
+    if (bias) decode_bf16(bias + row0, shift, rows);
     for (int64_t j = 0; j < m; ++j) {
-        for (int64_t r = 0; r < rows; ++r) line[r] = sums[r * LDC + j];
+        for (int64_t r = 0; r < rows; ++r) line[r] = sums[r * LDC + j] + shift[r];
         for (int64_t r = 0; r < rows; r += W) store_out(out, dtype, (m0 + j) * ldo + row0 + r, load(line + r), rows - r);
+    }
+}
+
+static thread_local PanelScratch panel_scratch;
+
+// out[m, n] = x * w^T (+ bias[n]) on all threads; decode(row, k0, kc, dst) gives f32 values of a row of x,
+// kc <= 128 from a multiple of 128. `packed` holds packed_floats(m, k) f32 values (or m * k, if more).
+template <class Weights, class Decode>
+static void product(int64_t m, const Weights& w, float* packed, const Decode& decode, void* out, Dtype dtype, const bf16* bias,
+                    int threads) {
+    const int64_t n = w.n, k = w.k;
+    if (m <= STREAM_ROWS) {
+        for (int64_t i = 0; i < m; ++i)
+            for (int64_t q = 0; q < k; q += 128) decode(i, q, min64(128, k - q), packed + i * k + q);
+        parallel(threads, [&](int index, int count) {
+            const Range r = share(n, index, count, 32);
+            stream(m, w, r.begin, r.end, packed, [&](int64_t row, const float* sums) {
+                const float shift = bias ? bf16_to_float(bias[row]) : 0.0f;
+                for (int64_t i = 0; i < m; ++i) {
+                    if (dtype == Dtype::bf16)
+                        static_cast<bf16*>(out)[i * n + row] = float_to_bf16(sums[i] + shift);
+                    else
+                        static_cast<float*>(out)[i * n + row] = sums[i] + shift;
+                }
+            });
+        });
+        return;
+    }
+    for (int64_t m0 = 0; m0 < m; m0 += MC) {
+        const int64_t rows = min64(MC, m - m0);
+        parallel(threads, [&](int index, int count) {
+            const Range r = share(k, index, count, 128);
+            pack(rows, k, r.begin, r.end, packed, [&](int64_t i, int64_t k0, int64_t kc, float* dst) { decode(m0 + i, k0, kc, dst); });
+        });
+        parallel(threads, [&](int index, int count) {
+            const Range r = share(n, index, count, MR);
+            panel(rows, w, r.begin, r.end, packed, panel_scratch, [&](int64_t row0, int64_t some, const float* sums, int64_t mm) {
+                store_transposed(out, dtype, n, m0, mm, row0, some, sums, bias);
+            });
+        });
     }
 }
 

@@ -8,6 +8,14 @@
 #include "mla_decode.h"
 #include "mla_index.h"
 #include "mla_prefill.h"
+#include "fp8_grouped_gemm.h"
+#include "fp8_grouped_wgrad.h"
+#include "fp8_linear.h"
+#include "moe_combine.h"
+#include "moe_experts.h"
+#include "moe_permute.h"
+#include "moe_route.h"
+#include "swiglu_quantize.h"
 
 #define KN_KERNELS(X)           \
     X(ceiling_fma, CeilingFma)   \
@@ -19,7 +27,15 @@
     X(mla_decode_sparse, MlaDecodeSparse) \
     X(mla_prefill, MlaPrefill)   \
     X(mla_index, MlaIndex)       \
-    X(attention_merge, AttentionMerge)
+    X(attention_merge, AttentionMerge) \
+    X(fp8_grouped_gemm, Fp8GroupedGemm) \
+    X(fp8_grouped_wgrad, Fp8GroupedWgrad) \
+    X(fp8_linear, Fp8Linear) \
+    X(swiglu_quantize, SwigluQuantize) \
+    X(moe_route, MoeRoute) \
+    X(moe_permute, MoePermute) \
+    X(moe_combine, MoeCombine) \
+    X(moe_experts, MoeExperts)
 
 namespace kn {
 

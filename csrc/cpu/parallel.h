@@ -41,4 +41,10 @@ static inline Range share(int64_t n, int index, int threads, int64_t step = 1) {
     return {lo < n ? lo : n, hi < n ? hi : n};
 }
 
+// Work items handed out one by one; who does which changes no result.
+struct Queue {
+    int64_t next = 0;
+    int64_t take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
+};
+
 }  // namespace kn::KN_ISA

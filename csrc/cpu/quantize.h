@@ -84,4 +84,23 @@ KN_INLINE void encode_fp8_by(const float* v, const float* scale, fp8* dst, int64
     for (int64_t j = 0; j < n; j += W) encode_lanes(div(load_n(v + j, n - j), load(scale + j)), dst + j, n - j);
 }
 
+// Up to 128 values of one scale block as FP8 would give them back: quantized and decoded in place.
+KN_INLINE void through_fp8(float* v, int64_t n) {
+    fp8 codes[128];
+    const float s = block_scale(amax_finite(v, n), false, 1e-4f);
+    encode_fp8(v, s, codes, n);
+    decode_fp8(codes, s, v, n);
+}
+
+// bf16(silu(gate) * up) of n columns as f32.
+KN_INLINE void swiglu(const bf16* gate, const bf16* up, float* out, int64_t n) {
+    for (int64_t j = 0; j < n; j += W) {
+        const vf g = load_bf16_n(gate + j, n - j);
+        const vf y = mul(div(g, add(set1(1.0f), exp1(sub(zero(), g)))), load_bf16_n(up + j, n - j));
+        bf16 h[W];
+        store_bf16(h, y);
+        store_n(out + j, load_bf16(h), n - j);
+    }
+}
+
 }  // namespace kn::KN_ISA

@@ -6,6 +6,7 @@ import numpy as np
 
 from kernomics.contract import BF16, F32, FP8, I32, Case, Kernel, op
 from kernomics.numerics import check_offsets, dequantize, draw_offsets, judge_sums
+from kernomics.ops.fp8_gemm import gemm_workspace
 
 
 def _bytes(t, n, k, e, active=None):
@@ -50,7 +51,7 @@ def _judge(got, want, inputs):
     check_data=check_offsets,
     rows=_rows,
     judge=_judge,
-    kernels=[Kernel("cpu", "kernomics._cpu:fp8_grouped_gemm")],
+    kernels=[Kernel("cpu", "kernomics._cpu:fp8_grouped_gemm", workspace=lambda dims, chip: gemm_workspace(dims["t"], dims["k"]))],
 )
 def fp8_grouped_gemm(a: FP8["t k"], a_scale: F32["t k/128"], b: FP8["e n k"], b_scale: F32["e n/128 k/128"],
                      offsets: I32["e+1"]) -> BF16["t n"]:

@@ -6,6 +6,7 @@ import numpy as np
 
 from kernomics.contract import BF16, F32, FP8, Case, Kernel, keyword, op
 from kernomics.numerics import dequantize, judge_sums, quantize
+from kernomics.ops.fp8_gemm import gemm_workspace
 
 
 def _activations(x, activations):
@@ -38,7 +39,7 @@ def _judge(got, want, inputs):
     ],
     rows="m",
     judge=_judge,
-    kernels=[Kernel("cpu", "kernomics._cpu:fp8_linear")],
+    kernels=[Kernel("cpu", "kernomics._cpu:fp8_linear", workspace=lambda dims, chip: gemm_workspace(dims["m"], dims["k"]))],
 )
 def fp8_linear(x: BF16["m k"], w: FP8["n k"], w_scale: F32["n/128 k/128"], *, bias: BF16["n"] | None = None,
                activations: Literal["fp8", "bf16"] = "fp8", out_dtype: BF16 | F32 = "bf16") -> keyword("out_dtype")["m n"]:

@@ -5,7 +5,7 @@ import numpy as np
 from kernomics.contract import BF16, F32, I32, Case, Kernel, op
 from kernomics.numerics import BF16 as BF16_DTYPE
 from kernomics.numerics import check_index, draw_experts, draw_weights
-from kernomics.ops.moe_experts import as_bf16, expert_block, judge_block
+from kernomics.ops.moe_experts import as_bf16, expert_block, judge_block, workspace
 
 
 def _matrices(w13, w2):
@@ -42,7 +42,7 @@ def _sample(rng, t, d, n, e, top_k, active=None):
     check_data=lambda error, experts, e: check_index(error, "experts", experts, e),
     rows="t",
     judge=lambda got, want, inputs: judge_block(got, want, inputs, *_matrices(inputs["w13"], inputs["w2"]), as_bf16),
-    kernels=[Kernel("cpu", "kernomics._cpu:moe_experts_bf16")],
+    kernels=[Kernel("cpu", "kernomics._cpu:moe_experts_bf16", workspace=workspace)],
 )
 def moe_experts_bf16(x: BF16["t d"], w13: BF16["e 2*n d"], w2: BF16["e d n"], weights: F32["t top_k"],
                      experts: I32["t top_k"]) -> BF16["t d"]:

@@ -147,7 +147,10 @@ def _judge(got, want, inputs):
     check=_check,
     rows="t",
     judge=_judge,
-    kernels=[Kernel("cpu", "kernomics._cpu:moe_route")],
+    kernels=[
+        Kernel("cpu", "kernomics._cpu:moe_route",
+               workspace=lambda dims, chip: min(dims["t"], 256) * (-(-dims["e"] // 16) * 16) * 16),
+    ],
 )
 def moe_route(logits: (F32 | BF16)["t e"], bias: F32["e"] | None = None, *, top_k: int, n_group: int = 1,
               topk_group: int = 1, score: Literal["sigmoid", "softmax"] = "sigmoid",
