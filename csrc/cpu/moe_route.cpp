@@ -11,10 +11,10 @@ KN_INLINE void score_row(float* v, int64_t e, bool softmax) {
     if (softmax) {
         float top = -__builtin_inff();
         for (int64_t i = 0; i < e; ++i) top = v[i] > top ? v[i] : top;
-        float sum = 0;
+        double sum = 0;
         for (int64_t i = 0; i < e; i += W) store(v + i, exp1(sub(load(v + i), set1(top))));
         for (int64_t i = 0; i < e; ++i) sum += v[i];
-        for (int64_t i = 0; i < e; i += W) store(v + i, div(load(v + i), set1(sum)));
+        for (int64_t i = 0; i < e; i += W) store(v + i, div(load(v + i), set1(float(sum))));
         return;
     }
     for (int64_t i = 0; i < e; i += W) {
@@ -89,7 +89,8 @@ static void route(const MoeRoute& p, int64_t t, float* score, float* choice, flo
 
 void moe_route(const MoeRoute& p) {
     const int64_t t = p.logits.size[0], padded = ceil_div(p.logits.size[1], 16) * 16;
-    parallel(int(min64(p.threads, max64(min64(t, 256), 1))), [&](int index, int threads) {
+    if (!t) return;
+    parallel(int(min64(p.threads, min64(t, 256))), [&](int index, int threads) {
         float* mine = p.workspace.as<float>() + index * padded * 4;
         std::memset(mine, 0, size_t(padded) * 16);
         const Range r = share(t, index, threads);

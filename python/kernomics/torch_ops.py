@@ -36,7 +36,7 @@ def to_numpy(x):
 
 def from_numpy(x):
     """The same memory as a torch tensor."""
-    x = np.ascontiguousarray(x)
+    x = x if x.flags.c_contiguous else np.ascontiguousarray(x)
     if x.dtype == BF16:
         return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
     if x.dtype == FP8:
