@@ -26,7 +26,7 @@ def text(isa, name):
 def test_vector_code(isa, register, absent):
     gemm, attention = text(isa, "fp8_gemm"), text(isa, "mla_decode")
     for code in (gemm, attention):
-        assert len(re.findall(rf"vfmadd\w+ps .*%{register}", code)) > 100
+        assert len(re.findall(rf"vfmadd\w+ps .*%{register}", code)) > 48  # several register tiles, not the scalar loops' rest
         assert not absent or f"%{absent}" not in code
     assert re.search(rf"vcvtph2ps .*%{register}", gemm), "FP8 is decoded through f16"
     # A register tile keeps its accumulators in registers: its loop is FMAs and loads, without a spill to the stack.
