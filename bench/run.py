@@ -335,7 +335,7 @@ def show_ceilings(console, peaks, isas, threads):
         table.add_row(str(n), *(f"{peaks['fma'][isa, n] / 1e9:.0f}" for isa in isas), f"{peaks['read'][n] / 1e9:.1f}")
     console.print(table)
     if any(peaks["fma"][isa, n] < 0.8 * n * peaks["fma"][isa, 1] for isa in isas for n in threads):
-        console.print("All threads together stay far below one alone: cores are shared, or other work is running.", style="yellow")
+        console.print("All threads together stay far below one alone: other work is running.", style="yellow")
 
 
 def roofline_s(row, threads, peaks):

@@ -38,6 +38,7 @@ NB_MODULE(_cpu, m) {
     m.def("use_isa", [](const std::string& name) {
         if (!use_isa(name.c_str())) throw nb::value_error(("this machine does not run isa '" + name + "'").c_str());
     }, "Use this instruction set from now on.");
+    kernels();  // choose here, once, before any thread can ask
     if (const char* name = std::getenv("KERNOMICS_ISA"))
         if (!use_isa(name)) throw nb::import_error((std::string("KERNOMICS_ISA=") + name + ": this machine does not run it").c_str());
 

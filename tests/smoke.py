@@ -3,11 +3,10 @@
 import importlib.util
 import sys
 
-import numpy as np
-
 import kernomics as kx
 import kernomics.bench
 import kernomics.triton_kernels
+import numpy as np
 from kernomics import numpy_ops
 from kernomics.numerics import judge_default
 

@@ -5,18 +5,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernomics import _cpu
 from kernomics.contract import Case
 from kernomics.numpy_ops import sample
 
 OP = kx.OPS["fp8_grouped_gemm"]
-
-
-@pytest.fixture
-def backend(backend):
-    if backend == "cpu" and not hasattr(_cpu, "fp8_grouped_gemm"):
-        pytest.skip("no native kernel yet")
-    return backend
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

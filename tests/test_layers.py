@@ -5,9 +5,8 @@ import pathlib
 import subprocess
 import sys
 
-import pytest
-
 import kernomics
+import pytest
 
 PACKAGE = pathlib.Path(kernomics.__file__).parent
 ORDER = ["contract", "numerics", "ops", "numpy_ops", "reference", "torch_ops"]

@@ -3,19 +3,11 @@
 import kernomics as kx
 import numpy as np
 import pytest
-from kernomics import _cpu
 from kernomics.contract import Case
 from kernomics.numerics import BF16
 from kernomics.numpy_ops import sample
 
 OP = kx.OPS["moe_combine"]
-
-
-@pytest.fixture
-def backend(backend):
-    if backend == "cpu" and not hasattr(_cpu, "moe_combine"):
-        pytest.skip("no native kernel yet")
-    return backend
 
 
 def draw(seed=0, **case):

@@ -5,16 +5,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernomics import _cpu
 
 V3 = {"top_k": 8, "n_group": 8, "topk_group": 4, "scaling": 2.5}
-
-
-@pytest.fixture
-def backend(backend):
-    if backend == "cpu" and not hasattr(_cpu, "moe_route"):
-        pytest.skip("no native kernel yet")
-    return backend
 
 
 def logits(t=40, e=256, seed=0):

@@ -2,12 +2,11 @@
 
 import itertools
 
+import kernomics
 import numpy as np
 import pytest
 import torch
 from conftest import cases, copies, drawn, judge, poison, results, wanted
-
-import kernomics
 from kernomics import OPS, ContractError, NoKernel, _cpu, numpy_ops
 from kernomics.contract import ITEMSIZE, NAMES
 from kernomics.numerics import DTYPES
@@ -252,8 +251,8 @@ def test_bad_tensors(op):
         if x is None:
             continue
         accepted = {t for alt in op.tensors[name].alternatives for t in alt.dtypes}
-        bad = [np.zeros(x.shape, np.float16), np.zeros(x.shape, DTYPES[next(n for n in NAMES if n not in accepted)]), x[None][None],
-               x.ravel()[:1].reshape(()) if x.size else x[None, None]]
+        bad = [np.zeros(x.shape, np.float16), np.zeros(x.shape, DTYPES[next(n for n in NAMES if n not in accepted)]),
+               x[None][None], x.ravel()[:1].reshape(()) if x.size else x[None, None]]
         bad += [[1.0], 3, "tensor"] + ([] if op.tensors[name].optional else [None])
         for wrong in bad:
             for error in call_both(op, inputs | {name: wrong}, scalars | backend):

@@ -5,19 +5,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernomics import _cpu
 from kernomics.contract import Case
 from kernomics.numerics import BF16, swiglu
 from kernomics.numpy_ops import sample
 
 OP = kx.OPS["swiglu_quantize"]
-
-
-@pytest.fixture
-def backend(backend):
-    if backend == "cpu" and not hasattr(_cpu, "swiglu_quantize"):
-        pytest.skip("no native kernel yet")
-    return backend
 
 
 def agree(got, want, inputs):

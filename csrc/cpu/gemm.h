@@ -136,8 +136,103 @@ static void stream_m(const Weights& w, int64_t n0, int64_t n1, const float* x, c
     }
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// As stream_m for one to four rows of FP8 weights, decoded by load_fp8_shifted. x is scaled by a power of two chosen so
+// that its largest value is near 2**100: products of codes * 2**-120 then keep full precision whatever the scales are.
+template <int M, class Emit> static void stream_shifted(const Fp8Weights& w, int64_t n0, int64_t n1, const float* x, const Emit& emit) {
+    constexpr int R = 4 / M < 2 ? 2 : 4 / M;
+    constexpr int64_t chunk = STREAM_CHUNK / M / 128 * 128;
+    alignas(64) float scaled[M * chunk];
+    alignas(64) float sums[STREAM_BLOCK * M];
+    for (int64_t b0 = n0; b0 < n1;) {
+        const int64_t b1 = min64(n1, (b0 / STREAM_BLOCK + 1) * STREAM_BLOCK);
+        for (int64_t i = 0; i < (b1 - b0) * M; ++i) sums[i] = 0;
+        for (int64_t k0 = 0; k0 < w.k; k0 += chunk) {
+            const int64_t kc = min64(chunk, w.k - k0), whole = kc / 32 * 32;
+            float restore[M];
+            for (int j = 0; j < M; ++j) {
+                vf top = zero();
+                for (int64_t q = 0; q < kc; q += 128) {
+                    const vf s = set1(w.block_scale(b0, k0 + q));
+                    const float* from = x + j * w.k + k0;
+                    float* to = scaled + j * chunk;
+                    const int64_t end = min64(q + 128, kc);
+                    int64_t i = q;
+                    for (; i + 32 <= end; i += 32) {  // in the order in which load_fp8_shifted yields codes: a 4 x 4 transposition
+                        vf v[4];
+                        KN_UNROLL for (int r = 0; r < 4; ++r)
+                            v[r] = mul(_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from + i + 4 * r)),
+                                                            _mm_loadu_ps(from + i + 16 + 4 * r), 1), s);
+                        KN_UNROLL for (int r = 0; r < 4; ++r) top = max2(abs1(v[r]), top);
+                        const vf a = _mm256_unpacklo_ps(v[0], v[1]), b = _mm256_unpackhi_ps(v[0], v[1]);
+                        const vf c = _mm256_unpacklo_ps(v[2], v[3]), d = _mm256_unpackhi_ps(v[2], v[3]);
+                        store(to + i, _mm256_shuffle_ps(a, c, 0x44));
+                        store(to + i + 8, _mm256_shuffle_ps(a, c, 0xEE));
+                        store(to + i + 16, _mm256_shuffle_ps(b, d, 0x44));
+                        store(to + i + 24, _mm256_shuffle_ps(b, d, 0xEE));
+                    }
+                    for (; i < end; i += W) {
+                        const vf v = mul(load_n(from + i, end - i), s);
+                        top = max2(abs1(v), top);
+                        store_n(to + i, v, end - i);
+                    }
+                }
+                int e = 0;
+                const float largest = hmax(top);
+                if (largest > 0 && largest <= 3.4028234664e38f) frexpf(largest, &e);
+                const int shift = e < -26 ? 126 : e > 106 ? -6 : 100 - e;  // both factors are normal numbers
+                const float up = ldexpf(1.0f, shift);
+                restore[j] = ldexpf(1.0f, 120 - shift);
+                for (int64_t i = 0; i < kc; i += W)
+                    store_n(scaled + j * chunk + i, mul(load_n(scaled + j * chunk + i, kc - i), set1(up)), kc - i);
+            }
+            for (int64_t row = b0; row < b1; row += R) {
+                const int64_t rows = min64(R, b1 - row);
+                const fp8* p[R];  // the last rows of a block may repeat one: its sums are not kept
+                for (int64_t r = 0; r < R; ++r) p[r] = w.codes + (row + (r < rows ? r : 0)) * w.k + k0;
+                vf acc[R][M];
+                KN_UNROLL for (int r = 0; r < R; ++r)
+                    KN_UNROLL for (int j = 0; j < M; ++j) acc[r][j] = zero();
+                __m256i top = _mm256_setzero_si256();
+                for (int64_t i = 0; i < whole; i += 32)
+                    KN_UNROLL for (int r = 0; r < R; ++r) {
+                        vf v[4];
+                        load_fp8_shifted(p[r] + i, v, top);
+                        KN_UNROLL for (int j = 0; j < M; ++j)
+                            KN_UNROLL for (int q = 0; q < 4; ++q) acc[r][j] = fma(v[q], load(scaled + j * chunk + i + q * W), acc[r][j]);
+                    }
+                for (int64_t i = whole; i < kc; i += W)
+                    for (int r = 0; r < R; ++r) {
+                        const vf v = mul(load_fp8_n(p[r] + i, kc - i), set1(FP8_UNIT * 0x1p-120f));
+                        for (int j = 0; j < M; ++j) acc[r][j] = fma(v, load_n(scaled + j * chunk + i, kc - i), acc[r][j]);
+                    }
+                bool redo = _mm256_movemask_epi8(_mm256_cmpeq_epi8(top, _mm256_set1_epi8(0x7F)));
+                for (int64_t r = 0; r < rows; ++r) redo |= w.tail_has_nan(row + r, k0 + whole, k0 + kc);
+                for (int64_t r = 0; r < rows; ++r) {
+                    const bool nan = __builtin_expect(redo, 0) && w.row_has_nan(row + r, k0, kc);
+                    for (int j = 0; j < M; ++j)
+                        sums[(row - b0 + r) * M + j] += nan ? bits_to_float(0x7FC00000) : hsum(acc[r][j]) * restore[j];
+                }
+            }
+        }
+        for (int64_t row = b0; row < b1; ++row) emit(row, sums + (row - b0) * M);
+        b0 = b1;
+    }
+}
+
+template <class Emit> static bool stream_fast(int64_t m, const Fp8Weights& w, int64_t n0, int64_t n1, const float* x, const Emit& emit) {
+    if (m > 2 || !__builtin_cpu_is("amd")) return false;
+    m == 1 ? stream_shifted<1>(w, n0, n1, x, emit) : stream_shifted<2>(w, n0, n1, x, emit);
+    return true;
+}
+#endif
+template <class Weights, class Emit> static bool stream_fast(int64_t, const Weights&, int64_t, int64_t, const float*, const Emit&) {
+    return false;
+}
+
 template <class Weights, class Emit>
 static void stream(int64_t m, const Weights& w, int64_t n0, int64_t n1, const float* x, const Emit& emit) {
+    if (stream_fast(m, w, n0, n1, x, emit)) return;
     switch (m) {
         case 1: return stream_m<1>(w, n0, n1, x, emit);
         case 2: return stream_m<2>(w, n0, n1, x, emit);

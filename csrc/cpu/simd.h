@@ -207,6 +207,18 @@ KN_INLINE Step load_fp8_step(const fp8* p, NanSeen& nan) {
     return {{_mm256_cvtph_ps(_mm256_castsi256_si128(h)), _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1))}};
 }
 
+// Another way, where denormal operands cost nothing (AMD Zen; Intel pays an assist for each): the code's bits moved into
+// an f32 are value * 2**-120, subnormals as f32 denormals. 13 operations for 32 codes in place of 20 with 4 slow
+// vcvtph2ps: fp8_gemm m=1 from memory 18.4 -> 24.8 GB/s (Zen 3, 2 threads). Vector j holds codes 4 i + j.
+KN_INLINE void load_fp8_shifted(const fp8* p, vf v[4], __m256i& top) {
+    const __m256i b = _mm256_loadu_si256((const __m256i*)p), keep = _mm256_set1_epi32(int32_t(0x87F00000));
+    top = _mm256_max_epu8(top, _mm256_and_si256(b, _mm256_set1_epi8(0x7F)));
+    v[0] = _mm256_castsi256_ps(_mm256_and_si256(_mm256_srai_epi32(_mm256_slli_epi32(b, 24), 4), keep));
+    v[1] = _mm256_castsi256_ps(_mm256_and_si256(_mm256_srai_epi32(_mm256_slli_epi32(b, 16), 4), keep));
+    v[2] = _mm256_castsi256_ps(_mm256_and_si256(_mm256_srai_epi32(_mm256_slli_epi32(b, 8), 4), keep));
+    v[3] = _mm256_castsi256_ps(_mm256_and_si256(_mm256_srai_epi32(b, 4), keep));
+}
+
 #else  // portable: four lanes of the compiler's own vectors
 
 constexpr int W = 4;

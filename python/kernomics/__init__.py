@@ -9,12 +9,12 @@ import importlib.abc
 import importlib.util
 import sys
 
-from kernomics import numpy_ops, ops, reference
+from kernomics import numerics, numpy_ops, ops, reference
 from kernomics.contract import OPS, ContractError, NoKernel
 from kernomics.numpy_ops import get_num_threads, set_num_threads
 
 __version__ = "0.0.1"
-__all__ = ["OPS", "ContractError", "NoKernel", "get_num_threads", "ops", "reference", "set_num_threads", *OPS]
+__all__ = ["OPS", "ContractError", "NoKernel", "get_num_threads", "numerics", "ops", "reference", "set_num_threads", *OPS]
 
 numpy_ops.register()
 globals().update({name: op.public for name, op in OPS.items()})

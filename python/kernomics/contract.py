@@ -326,7 +326,7 @@ class Op:
 
     def _compile(self):
         names, scalars = list(self.tensors), [s.name for s in self.scalars]
-        bound, lines, checks, optional_checks = dict(self.keyword_dims), [], [], {}
+        bound, lines, checks = dict(self.keyword_dims), [], []
         lead_owner = None
         pending = []  # `e+1` binds only what no other word does
         for dim, source in self.keyword_dims.items():
@@ -353,7 +353,7 @@ class Op:
                     bound[d.binds] = i
                     binds.append(f"D_{d.binds}={w}" if d.kind == "name" else f"D_{d.b}={w}//{d.a}")
                 elif len(same) == 1 and d.kind == "plus":
-                    pending.append((d, w, spec))
+                    pending.append((d, w))
             if spec.optional:
                 unset = "; ".join(f"{b.split('=')[0]}=0" for b in binds)
                 lines.append(f"if {name} is None: c{i}=-1; s{i}=None{'; ' + unset if unset else ''}")
@@ -372,7 +372,7 @@ class Op:
                 alternatives.append(" and ".join(terms))
             test = "(" + " or ".join(f"({a})" for a in alternatives) + ")" if len(alternatives) > 1 else alternatives[0]
             checks.append(f"(c{i}==-1 or ({test}))" if spec.optional else test)
-        for d, w, spec in pending:
+        for d, w in pending:
             if d.binds not in bound:
                 bound[d.binds] = w
                 lines.append(f"D_{d.binds}={w}-{d.b}")
@@ -481,8 +481,8 @@ class Op:
                     shape = [shape[:split], *shape[split:]]
                 for word, size in zip(words, shape):
                     if wanted and word.kind in wanted and (word.binds or word.a) not in dims:
-                        dims[word.binds or word.a] = {"times": lambda: size // word.a, "plus": lambda: size - word.b}.get(
-                            word.kind, lambda: size)()
+                        dims[word.binds or word.a] = (
+                            size // word.a if word.kind == "times" else size - word.b if word.kind == "plus" else size)
                     elif wanted is None:
                         want = dims["lead"] if word.kind == "lead" else word.size(dims)
                         if want != size or (word.kind == "plus" and dims[word.a] < 0):

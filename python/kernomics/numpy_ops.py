@@ -107,7 +107,7 @@ def define(op, tensors, scalars, dims, codes):
         return result
     with np.errstate(over="ignore", invalid="ignore"):
         outs = [
-            r if r.dtype == _BY_CODE[code] else r.astype(np.float32).astype(_BY_CODE[code]) if code < 2 else r.astype(_BY_CODE[code])
+            r.astype(np.float32 if code < 2 and r.dtype != _BY_CODE[code] else r.dtype).astype(_BY_CODE[code])
             for r, (_, _, code) in zip(map(np.asarray, results), op.shapes(dims, codes, scalars))
         ]
     return outs[0] if len(outs) == 1 else tuple(outs)

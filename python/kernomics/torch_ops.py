@@ -194,8 +194,9 @@ def _straight(op):
     lines = [f"_d, _c, _s, _z = bind({listed}{''.join(n + ', ' for n in scalars)})"]
     if op.check is not None or op.check_data is not None:
         lines.append(f"checks(op, ({listed}), _d, _s, True)")
-    for i, n in enumerate(names):
-        lines.append(f"if {n + ' is not None and ' if op.tensors[n].optional else ''}not {n}.is_contiguous(): {n} = {n}.contiguous()")
+    for n in names:
+        given = f"{n} is not None and " if op.tensors[n].optional else ""
+        lines.append(f"if {given}not {n}.is_contiguous(): {n} = {n}.contiguous()")
     views = [f"({n}.data_ptr(), _c[{i}], _z[{i}])" + (f" if {n} is not None else ABSENT" if op.tensors[n].optional else "")
              for i, n in enumerate(names)]
     for j, _ in enumerate(op.outs):
@@ -233,10 +234,11 @@ def _make(op):
         for n, spec in op.tensors.items() if {"f32", "bf16", "fp8"} & {t for alt in spec.alternatives for t in alt.dtypes})
     fast = _straight(op) if len(op.kernels) == 1 and op.kernels[0].where is None and not op.contiguous else ""
     refuse = f" if ({grads}) and grad_enabled(): refuse_grad(op, ({tensors}))\n"
+    head, passed_on = f"{', '.join(declare)}, backend=None", f"op, ({tensors}), ({values}), backend"
     source = (
-        f"def cpu({', '.join(declare)}, backend=None):\n{unset}{refuse}{fast} return run(op, ({tensors}), ({values}), backend, 'cpu')\n"
-        f"def cuda({', '.join(declare)}, backend=None):\n{unset}{refuse} return run(op, ({tensors}), ({values}), backend, 'cuda')\n"
-        f"def fake({', '.join(declare)}, backend=None):\n{unset}{refuse} return fake_run(op, ({tensors}), ({values}), backend)\n"
+        f"def cpu({head}):\n{unset}{refuse}{fast} return run({passed_on}, 'cpu')\n"
+        f"def cuda({head}):\n{unset}{refuse} return run({passed_on}, 'cuda')\n"
+        f"def fake({head}):\n{unset}{refuse} return fake_run({passed_on})\n"
         f"def call({tensors}{values}backend):\n try:\n  {normal or 'pass'}\n"
         f"  return overload({tensors}{', '.join([*passed, 'backend=backend'])})\n"
         f" except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error: again(error, {tensors}{values})\n"
@@ -246,10 +248,14 @@ def _make(op):
         scope["kernel"] = op.kernels[0].load()
         scope["kernel"](*args)
 
-    scope = {"bind": op.bind, "shapes": op.shapes, "empty": _empty_strided, "threads": _threads, "DTYPE": _BY_CODE, "kernel": load,
-             "ABSENT": numpy_ops.ABSENT, "workspace": _workspace, "checks": _checks,
-             "space_of": op.kernels[0].workspace if fast else None, "CHOICE": op.choices,
-             "run": _run, "grad_enabled": torch.is_grad_enabled, "refuse_grad": _refuse_grad, "fake_run": _fake, "op": op, "NAMED": _NAMED, "again": functools.partial(_again, op), "INF": float("inf")}
+    scope = {
+        "op": op, "run": _run, "fake_run": _fake, "checks": _checks, "again": functools.partial(_again, op),
+        "grad_enabled": torch.is_grad_enabled, "refuse_grad": _refuse_grad,
+        "bind": op.bind, "shapes": op.shapes, "empty": _empty_strided, "workspace": _workspace, "threads": _threads,
+        "kernel": load,
+        "space_of": op.kernels[0].workspace if fast else None,
+        "ABSENT": numpy_ops.ABSENT, "CHOICE": op.choices, "DTYPE": _BY_CODE, "NAMED": _NAMED, "INF": float("inf"),
+    }
     scope.update({f"N{i}": s.normalize for i, s in enumerate(op.scalars)})
     exec(compile(source, f"<torch binding of {op.name}>", "exec"), scope)
     return scope

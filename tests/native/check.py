@@ -5,7 +5,6 @@ import sys
 
 import numpy as np
 import tight
-
 from kernomics import OPS, _cpu, numpy_ops
 from kernomics.numerics import judge_default
 

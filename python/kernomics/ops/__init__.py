@@ -12,8 +12,7 @@ NAMES = (
     "swiglu_quantize", "fp8_linear", "moe_experts", "moe_experts_bf16", "moe_balance", "expert_placement",
 )
 
-import os  # TEMP
-for _name in [n for n in NAMES if os.path.exists(os.path.join(os.path.dirname(__file__), n + ".py"))]:
+for _name in NAMES:
     importlib.import_module(f"kernomics.ops.{_name}")
 
 __all__ = ["NAMES", "OPS"]

@@ -19,6 +19,8 @@ def _check(error, block, floor):
     flops=lambda m, k: 3 * m * k,  # amax, divide, round
     cases=[
         Case(m=1, k=7168, bench="decode hidden state"),
+        Case(m=1, k=1536, bench="decode q latent"),
+        Case(m=1, k=16384, bench="decode attention output"),
         Case(m=4096, k=7168, bench="prefill hidden state"),
         Case(m=2112, k=7168, x="f32", block=(128, 128), bench="weights q_a+kv_a"),
         Case(m=65, k=200),  # divides no block and no vector
@@ -29,7 +31,8 @@ def _check(error, block, floor):
         Case(m=259, k=130, block=(128, 1)),
     ],
     check=_check,
-    judge=lambda got, want, inputs: judge_equal(got[0], want[0], "unequal codes") | judge_equal(got[1], want[1], "unequal scales"),
+    judge=lambda got, want, inputs: (
+        judge_equal(got[0], want[0], "unequal codes") | judge_equal(got[1], want[1], "unequal scales")),
     kernels=[Kernel("cpu", "kernomics._cpu:fp8_quantize")],
 )
 def fp8_quantize(x: (BF16 | F32)["m k"], *, block: tuple = (1, 128), scale: Literal["f32", "pow2"] = "f32",
