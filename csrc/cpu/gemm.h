@@ -140,7 +140,7 @@ static void stream_m(const Weights& w, int64_t n0, int64_t n1, const float* x, c
 // As stream_m for one to four rows of FP8 weights, decoded by load_fp8_shifted. x is scaled by a power of two chosen so
 // that its largest value is near 2**100: products of codes * 2**-120 then keep full precision whatever the scales are.
 template <int M, class Emit> static void stream_shifted(const Fp8Weights& w, int64_t n0, int64_t n1, const float* x, const Emit& emit) {
-    constexpr int R = 4 / M < 2 ? 2 : 4 / M;
+    constexpr int R = 8 / M;  // 8 streams from memory: 24.4 -> 28.5 GB/s over 4 (Zen 3, 2 threads)
     constexpr int64_t chunk = STREAM_CHUNK / M / 128 * 128;
     alignas(64) float scaled[M * chunk];
     alignas(64) float sums[STREAM_BLOCK * M];
