@@ -1,6 +1,7 @@
 """``kernomics bench``: every kernel judged against its definition, then timed, beside the machine's limits and PyTorch."""
 
 import json
+import os
 import platform
 import subprocess
 import time
@@ -304,7 +305,9 @@ def record(row, threads, peaks, meta):
         "schema": SCHEMA, "op": op.name, "kernel": row.kernel.name, "chip": ceilings.chip_key(row.isa, threads), "dims": dims,
         "dtypes": {n: x[0] for n, x in op.layout(case).items() if x}, "scalars": scalars,
         "seconds_median": t.median, "p10": t.p10, "p90": t.p90, "n": t.n, "flops": row.work.flops, "bytes": row.work.bytes,
-        "error": row.error, "ceilings": {"flops_f32": peaks["fma"][row.isa, threads], "bytes_read": peaks["read"][threads]},
+        "error": row.error,
+        "ceilings": {"flops_f32": peaks["fma"][row.isa, threads], "bytes_read": peaks["read"][threads],
+                     "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")},
         "cache_state": "cold" if row.cold else "warm", **meta, "peers": row.peers,
     }
     return {name: values[name] for name in FIELDS}
