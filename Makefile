@@ -6,6 +6,8 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
+# $$ per hour of this machine: an assumption, give your own
+DOLLARS ?= this=0.10
 SOURCES = CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 NATIVE = $(SOURCES) $(shell find tests/native -type f)
 
@@ -14,7 +16,8 @@ NATIVE = $(SOURCES) $(shell find tests/native -type f)
 
 run: build
 	$(BIN)/kernomics bench --quick
-	$(BIN)/kernomics price --records out/bench.jsonl --plot out/roofline.png
+	$(BIN)/kernomics price --records out/bench.jsonl --plot out/roofline.png --dollars-per-hour $(DOLLARS)
+	@echo 'The price of this machine, $(DOLLARS) $$/h, is an assumption: make run DOLLARS=this=<$$/h>'
 
 bench: build
 	$(BIN)/kernomics bench

@@ -83,7 +83,7 @@ def test_record(small, tmp_path):
     assert r["dtypes"] == {"a": "fp8", "a_scale": "f32", "b": "fp8", "b_scale": "f32"} and r["scalars"] == {"out_dtype": "bf16"}
     assert 0 < r["p10"] <= r["seconds_median"] <= r["p90"] and r["n"] >= 3
     assert (r["flops"], r["bytes"]) == (OPS["fp8_gemm"].work(**SMALL).flops, OPS["fp8_gemm"].work(**SMALL).bytes)
-    assert set(r["ceilings"]) == {"flops_f32", "bytes_read"} and r["cache_state"] in ("cold", "warm")
+    assert set(r["ceilings"]) == {"flops_f32", "bytes_read", "memory_bytes"} and r["cache_state"] in ("cold", "warm")
     seconds, mark = measured.Measured(measured.read(tmp_path)).seconds(r["chip"], "fp8_gemm", SMALL)
     assert (seconds, mark) == (r["seconds_median"], "measured")
 
