@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+
 from kernomics import _cpu
 
 

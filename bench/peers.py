@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+
 from kernomics.torch_ops import from_numpy
 
 PEERS = {}  # op -> {name: build}

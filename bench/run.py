@@ -11,17 +11,18 @@ from importlib import import_module, metadata
 from itertools import cycle
 from pathlib import Path
 
-import kernomics
 import numpy as np
-from kernomics import _cpu, numerics, numpy_ops
 from kernomics.bench import ceilings
 from kernomics.bench.timing import Timed, Timing, interleave
-from kernomics.contract import OPS, Case, ContractError, NoKernel
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
+
+import kernomics
+from kernomics import _cpu, numerics, numpy_ops
+from kernomics.contract import OPS, Case, ContractError, NoKernel
 
 SCHEMA = 1
 FIELDS = ("schema", "op", "kernel", "chip", "dims", "dtypes", "scalars", "seconds_median", "p10", "p90", "n", "flops", "bytes",

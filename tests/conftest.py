@@ -2,9 +2,10 @@
 
 import functools
 
-import kernomics
 import numpy as np
 import pytest
+
+import kernomics
 from kernomics import OPS, _cpu, numpy_ops
 from kernomics.numerics import judge_default
 

@@ -3,10 +3,11 @@
 import importlib.util
 import sys
 
-import kernomics as kx
 import kernomics.bench
 import kernomics.triton_kernels
 import numpy as np
+
+import kernomics as kx
 from kernomics import numpy_ops
 from kernomics.numerics import judge_default
 

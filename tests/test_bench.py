@@ -6,8 +6,9 @@ import time
 
 import numpy as np
 import pytest
-from kernomics import OPS, _cpu, numpy_ops
 from kernomics.bench import ceilings, run, timing
+
+from kernomics import OPS, _cpu, numpy_ops
 from kernomics.contract import Case, ContractError, NoKernel
 from kernomics.cost import measured
 

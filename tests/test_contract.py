@@ -3,9 +3,10 @@
 import sys
 import timeit
 
-import kernomics as kx
 import numpy as np
 import pytest
+
+import kernomics as kx
 from kernomics import ContractError, numpy_ops
 from kernomics.contract import BF16, F32, FP8, I32, U8, Case, Dim, Kernel, Op, keyword, like
 
@@ -134,6 +135,7 @@ def test_binding_is_cheap(untraced):
 def test_torch_call_is_cheap(untraced):
     """A torch op of four tensors costs at most 10 us more than torch.add in the same process."""
     import torch
+
     from kernomics.torch_ops import from_numpy
 
     threads = torch.get_num_threads()

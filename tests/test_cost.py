@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+
 from kernomics.contract import OPS
 from kernomics.cost import CostError, Unknown, chips, economics, report
 from kernomics.cost.measured import BOUND, INTERPOLATED, MEASURED, Measured, log_log, read, weakest
@@ -354,8 +355,9 @@ def records(tmp_path):
 
 
 def run(*arguments):
-    from kernomics.cli import app
     from typer.testing import CliRunner
+
+    from kernomics.cli import app
 
     return CliRunner().invoke(app, ["price", *map(str, arguments)])
 

@@ -1,10 +1,11 @@
 """Laws of expert_placement, and examples worked by hand."""
 
-import kernomics as kx
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import kernomics as kx
 
 
 def place(load, **words):

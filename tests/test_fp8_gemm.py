@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from conftest import judge
 
 import kernomics as kx
+from conftest import judge
 from kernomics import _cpu
 from kernomics.contract import Case
 from kernomics.numpy_ops import sample

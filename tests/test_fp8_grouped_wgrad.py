@@ -1,10 +1,11 @@
 """Laws of fp8_grouped_wgrad."""
 
-import kernomics as kx
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+import kernomics as kx
 from kernomics.contract import Case
 from kernomics.numpy_ops import sample
 

@@ -5,8 +5,9 @@ import pathlib
 import subprocess
 import sys
 
-import kernomics
 import pytest
+
+import kernomics
 
 PACKAGE = pathlib.Path(kernomics.__file__).parent
 ORDER = ["contract", "numerics", "ops", "numpy_ops", "reference", "torch_ops"]

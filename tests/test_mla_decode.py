@@ -1,11 +1,12 @@
 """Laws of mla_decode."""
 
-import kernomics as kx
 import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+import kernomics as kx
 from kernomics.contract import Case
 from kernomics.numerics import judge_attention, norm_error, pack_fp8_cache, unpack_fp8_cache
 from kernomics.numpy_ops import sample

@@ -1,8 +1,9 @@
 """moe_balance by hand."""
 
-import kernomics as kx
 import numpy as np
 import pytest
+
+import kernomics as kx
 
 
 def test_by_hand():

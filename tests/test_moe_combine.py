@@ -1,8 +1,9 @@
 """Laws of moe_combine and its backward."""
 
-import kernomics as kx
 import numpy as np
 import pytest
+
+import kernomics as kx
 from kernomics.contract import Case
 from kernomics.numerics import BF16
 from kernomics.numpy_ops import sample

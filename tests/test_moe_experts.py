@@ -1,10 +1,11 @@
 """Laws of moe_experts and moe_experts_bf16."""
 
-import kernomics as kx
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+import kernomics as kx
 from kernomics import _cpu
 from kernomics.contract import Case
 from kernomics.numerics import BF16

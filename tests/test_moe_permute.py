@@ -1,10 +1,11 @@
 """Laws of moe_permute and its backward."""
 
-import kernomics as kx
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+import kernomics as kx
 from kernomics import _cpu
 from kernomics.numerics import BF16, FP8
 

@@ -1,10 +1,11 @@
 """Laws of moe_route and its backward."""
 
-import kernomics as kx
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+import kernomics as kx
 
 V3 = {"top_k": 8, "n_group": 8, "topk_group": 4, "scaling": 2.5}
 

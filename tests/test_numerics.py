@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kernomics import numerics as nm
 
 ALL = np.arange(256, dtype=np.uint8)

@@ -2,10 +2,11 @@
 
 import itertools
 
-import kernomics
 import numpy as np
 import pytest
 import torch
+
+import kernomics
 from conftest import cases, copies, drawn, judge, poison, results, wanted
 from kernomics import OPS, ContractError, NoKernel, _cpu, numpy_ops
 from kernomics.contract import ITEMSIZE, NAMES

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import tight
+
 from kernomics import OPS, _cpu, numpy_ops
 from kernomics.numerics import judge_default
 
