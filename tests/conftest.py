@@ -64,8 +64,9 @@ def wanted(name, index):
     op = OPS[name]
     inputs, scalars = drawn(name, index)
     if op.work(**op.cases[index]).flops > LONG_FLOPS:
-        some, _ = numpy_ops.sampled_rows(op, inputs, [])
-        select = lambda outs: numpy_ops.sampled_rows(op, inputs, list(outs))[1]  # noqa: E731
+        rows = 16 if op.work(**op.cases[index]).bytes < LONG_BYTES * 10 else 3  # large weights make each row dear
+        some, _ = numpy_ops.sampled_rows(op, inputs, [], rows)
+        select = lambda outs: numpy_ops.sampled_rows(op, inputs, list(outs), rows)[1]  # noqa: E731
     else:
         some, select = copies(inputs), lambda outs: outs
     fresh = copies(some) if op.mutates else some

@@ -1,5 +1,6 @@
 """The ops on NumPy arrays: native CPU kernels or the definition, and inputs drawn from a case."""
 
+import math
 import os
 
 import numpy as np
@@ -8,6 +9,7 @@ from kernomics import contract
 from kernomics.contract import NAMES, OPS, ContractError
 from kernomics.numerics import DTYPES, FP8, e4m3_encode
 
+PERIOD = 2_097_143  # drawing is slow: samples repeat after this many elements, a prime, so that no two rows are equal
 _BY_CODE = [DTYPES[name] for name in NAMES]
 _threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -138,17 +140,17 @@ def sample(op, case, seed=0, reuse=None):
             inputs[name] = None
             continue
         dtype, shape = item
+        size = min(math.prod(shape), PERIOD)
         kept = (reuse or {}).get(name)
         if kept is not None and (kept.dtype, kept.shape) == (DTYPES[dtype], shape):
             inputs[name] = kept
-        elif dtype == "fp8":
-            # Values across the whole range, subnormals included; drawn from a pool: encoding is slow in NumPy.
+        elif dtype == "fp8":  # values across the whole range, subnormals included, from a pool: encoding is slow in NumPy
             pool = e4m3_encode(rng.standard_normal(1 << 14) * np.exp2(rng.integers(-6, 7, 1 << 14)))
-            inputs[name] = pool[rng.integers(0, 1 << 14, shape, dtype=np.uint16)].view(FP8)
+            inputs[name] = np.resize(pool[rng.integers(0, 1 << 14, size, dtype=np.uint16)], shape).view(FP8)
         elif dtype == "f32" and name.endswith("_scale"):
             inputs[name] = rng.uniform(0.5, 1.5, shape).astype(np.float32) / 64
         elif dtype in ("f32", "bf16"):
-            inputs[name] = rng.standard_normal(shape, np.float32).astype(DTYPES[dtype])
+            inputs[name] = np.resize(rng.standard_normal(size, np.float32).astype(DTYPES[dtype]), shape)
         else:
             inputs[name] = np.zeros(shape, DTYPES[dtype])
     if op.draw is not None:
