@@ -35,7 +35,7 @@ class Timed:
     call: object
     budget_s: float = 0.5
     least: int = 5
-    most: int = 30
+    most: int = 200
     together: int = 0  # calls of one sample
 
     def __post_init__(self):
@@ -71,6 +71,6 @@ def interleave(timed, rounds=3):
     return [Timing.of(x.samples) for x in timed]
 
 
-def measure(call, budget_s=0.5, least=5, most=30):
+def measure(call, budget_s=0.5, least=5, most=200):
     """The Timing of ``call()``."""
     return interleave([Timed(call, budget_s, least, most)], rounds=1)[0]
