@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from kernomics.bench import ceilings
-from kernomics.bench.timing import Timed, Timing, interleave
+from kernomics.bench.timing import MOST, Timed, Timing, interleave
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -222,7 +222,7 @@ def time_rows(rows, inputs, scalars, l3, peers, budget_s, least, tick):
     for row in rows:
         row.cold = cold
         calls = [row.call, *(_call(op, row.kernel, row.isa, x, scalars) for x in variants[1:])]
-        timed.append(Timed(_turning(calls), budget_s / share, -(-least // share), -(-30 // share)))
+        timed.append(Timed(_turning(calls), budget_s / share, -(-least // share), -(-MOST // share)))
     rounds = 2 if found and least > 3 else 1
     results = []
     for name, build in found.items():
@@ -237,7 +237,7 @@ def time_rows(rows, inputs, scalars, l3, peers, budget_s, least, tick):
             if not error <= PEER_ERROR:
                 raise ValueError(f"its result differs by {error:.2g} of the norm")
             calls = [call, *(build(arguments) for _ in variants[1:])]
-            limit = 2 if first > SLOW * min(r.first for r in rows) else 30
+            limit = 2 if first > SLOW * min(r.first for r in rows) else MOST
             theirs = Timed(_turning(calls), budget_s, min(least, limit), limit)
             if first > 10 * budget_s:
                 theirs.samples = [first]

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 SHORTEST = 200e-6  # seconds of one sample at least: faster calls are timed several together
+WARM = 10e-3  # seconds of untimed calls at the start of a turn, which bring caches and threads back to their places
+MOST = 200  # samples of a call: those of short calls span a burst of noise
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Timed:
     call: object
     budget_s: float = 0.5
     least: int = 5
-    most: int = 200
+    most: int = MOST
     together: int = 0  # calls of one sample
 
     def __post_init__(self):
@@ -48,12 +50,14 @@ class Timed:
         return (time.perf_counter() - start) / self.together
 
     def turn(self, part):
-        """Samples for ``part`` (0 to 1) of the limits, after one untimed call."""
-        if self.together:
-            self.call()
-        else:
+        """Samples for ``part`` (0 to 1) of the limits, after untimed calls."""
+        if not self.together:
             self.together = 1
             self.together = max(1, int(SHORTEST / max(self.once(), 1e-9)))
+        stop = time.perf_counter() + WARM
+        self.call()
+        while time.perf_counter() < stop:
+            self.call()
         stop = time.perf_counter() + self.budget_s * part
         least, most = (len(self.samples) + max(1, round(x * part)) for x in (self.least, self.most))
         while len(self.samples) < least or (len(self.samples) < most and time.perf_counter() < stop):
@@ -63,7 +67,7 @@ class Timed:
 def interleave(timed, rounds=3):
     """Measure several calls by turns, so that a disturbance of the machine meets them all: a Timing each.
 
-    Every turn starts with one untimed call, which brings back what the others drove out of the caches.
+    Every turn starts with untimed calls, which bring back what the others drove out of the caches.
     """
     for _ in range(rounds):
         for x in timed:
@@ -71,6 +75,6 @@ def interleave(timed, rounds=3):
     return [Timing.of(x.samples) for x in timed]
 
 
-def measure(call, budget_s=0.5, least=5, most=200):
+def measure(call, budget_s=0.5, least=5, most=MOST):
     """The Timing of ``call()``."""
     return interleave([Timed(call, budget_s, least, most)], rounds=1)[0]
