@@ -6,21 +6,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import kernomics as kx
-from kernomics import _cpu
 from kernomics.contract import Case
 from kernomics.numerics import BF16
 from kernomics.numpy_ops import sample
 
 OP, OP_BF16 = kx.OPS["moe_experts"], kx.OPS["moe_experts_bf16"]
-CHAIN = "fp8_grouped_gemm", "swiglu_quantize", "moe_permute", "moe_combine", "moe_experts", "moe_experts_bf16"
-
-
-@pytest.fixture
-def backend(backend):
-    missing = [name for name in CHAIN if not hasattr(_cpu, name)]
-    if backend == "cpu" and missing:
-        pytest.skip(f"no native kernel yet: {missing}")
-    return backend
 
 
 def agree(op, got, want, inputs):

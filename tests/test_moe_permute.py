@@ -6,15 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import kernomics as kx
-from kernomics import _cpu
 from kernomics.numerics import BF16, FP8
-
-
-@pytest.fixture
-def backend(backend):
-    if backend == "cpu" and not (hasattr(_cpu, "moe_permute") and hasattr(_cpu, "moe_combine")):
-        pytest.skip("no native kernel yet")
-    return backend
 
 
 def draw(t, d, e, top_k, seed=0):
