@@ -70,8 +70,8 @@ constexpr int STREAM_ACC = 12;
 #endif
 constexpr int64_t STREAM_CHUNK = 8192;  // floats of x at a time: 32 KB of L1; more for a single row, which four of weights share
 constexpr int64_t STREAM_BLOCK = 128;   // weight rows that share a row of scales
-// Lines fetched ahead. With rows read R places apart: fp8_gemm m=1 n=7168 k=2048 from 27 to 73 % of what memory gives,
-// n=2112 k=7168 from 64 to 90 % (Sapphire Rapids, 2 threads).
+// Lines fetched ahead. With rows read R places apart: fp8_gemm m=1 n=7168 k=2048 from about 41 to 74 % of read bandwidth,
+// n=2112 k=7168 from about 50 to 72 % (Sapphire Rapids, 2 threads).
 constexpr int64_t AHEAD = 16;
 
 template <int M> constexpr int stream_rows() { return STREAM_ACC / M < 1 ? 1 : STREAM_ACC / M > 4 ? 4 : STREAM_ACC / M; }
