@@ -49,15 +49,23 @@ class Timed:
             self.call()
         return (time.perf_counter() - start) / self.together
 
+    def warm_up(self):
+        """Untimed calls: seconds of the fastest."""
+        fastest, before = float("inf"), time.perf_counter()
+        self.call()
+        now = time.perf_counter()
+        stop = now + WARM
+        while now < stop:
+            fastest, before = min(fastest, now - before), now
+            self.call()
+            now = time.perf_counter()
+        return min(fastest, now - before)
+
     def turn(self, part):
         """Samples for ``part`` (0 to 1) of the limits, after untimed calls."""
+        fastest = self.warm_up()
         if not self.together:
-            self.together = 1
-            self.together = max(1, int(SHORTEST / max(self.once(), 1e-9)))
-        stop = time.perf_counter() + WARM
-        self.call()
-        while time.perf_counter() < stop:
-            self.call()
+            self.together = max(1, int(SHORTEST / max(fastest, 1e-9)))
         stop = time.perf_counter() + self.budget_s * part
         least, most = (len(self.samples) + max(1, round(x * part)) for x in (self.least, self.most))
         while len(self.samples) < least or (len(self.samples) < most and time.perf_counter() < stop):

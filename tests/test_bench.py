@@ -3,6 +3,7 @@
 import ctypes
 import json
 import time
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -43,10 +44,20 @@ def test_measure_limits_and_turns():
     assert switches == 3  # 0 1 0 1
 
 
-def test_fast_calls_are_timed_together():
-    timed = timing.Timed(lambda: None, 0.01)
-    timing.interleave([timed], rounds=1)
-    assert timed.together > 100
+@pytest.mark.parametrize("seconds, together", ((1e-6, 200), (150e-6, 1), (1e-3, 1)))
+def test_fast_calls_are_timed_together(seconds, together, monkeypatch):
+    clock = Fraction(0)  # moved by the calls alone; the first is slow, as first calls are
+    lasts = Fraction(1)
+
+    def call():
+        nonlocal clock, lasts
+        clock, lasts = clock + lasts, Fraction(seconds)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock)
+    timed = timing.Timed(call, 0.01)
+    (result,) = timing.interleave([timed], rounds=1)
+    assert timed.together == together
+    assert result.p10 == result.median == result.p90 == pytest.approx(seconds)
 
 
 def test_ceilings():
