@@ -44,6 +44,25 @@ def test_nan_codes_spread(isa, m, code):
 
 
 @pytest.mark.parametrize("isa", _cpu.isas())
+@pytest.mark.parametrize("m", [1, 2, 3])
+def test_scales_of_any_size(isa, m):
+    """Scales near the ends of f32 change no more than the result's size; an infinite one meets zero codes as NaN."""
+    _cpu.use_isa(isa)
+    inputs, scalars = sample(OP, Case(m=m, n=140, k=300, out_dtype="f32"))
+    for up in (110, -110):
+        scaled = inputs | {"a_scale": np.ldexp(inputs["a_scale"], up), "b_scale": np.ldexp(inputs["b_scale"], -up)}
+        judge(OP, (kx.fp8_gemm(**scaled, **scalars),), (OP.define(**inputs, **scalars),), inputs | scalars)
+    for name in ("a", "b"):
+        bad = inputs | {f"{name}_scale": inputs[f"{name}_scale"].copy(), name: inputs[name].copy()}
+        bad[f"{name}_scale"][0, 1] = np.inf
+        bad[name].view(np.uint8)[0, 130] = 0
+        with np.errstate(invalid="ignore"):
+            got, want = kx.fp8_gemm(**bad, **scalars), OP.define(**bad, **scalars)
+        assert np.isnan(want).any()
+        assert np.array_equal(np.isfinite(got), np.isfinite(want)) and np.isnan(got[np.isnan(want)]).all()
+
+
+@pytest.mark.parametrize("isa", _cpu.isas())
 def test_every_code_of_weights(isa):
     """Each of the 256 codes is decoded to its value, in the streaming and in the panel path."""
     _cpu.use_isa(isa)
@@ -73,3 +92,22 @@ def test_odd_shapes():
         case = Case(m=int(rng.integers(1, 40)), n=int(rng.integers(1, 300)), k=int(rng.integers(1, 600)))
         inputs, scalars = sample(OP, case, seed=int(rng.integers(99)))
         judge(OP, (kx.fp8_gemm(**inputs),), (OP.define(**inputs, **scalars),), inputs | scalars)
+
+
+@pytest.mark.parametrize("isa", _cpu.isas())
+def test_every_code_of_activations(isa):
+    """Each of the 256 codes is decoded to its value at every place of a row."""
+    _cpu.use_isa(isa)
+    codes = np.arange(256, dtype=np.uint8)
+    a, b = np.zeros((256, 256), np.uint8), np.zeros((256, 256), np.uint8)
+    a[codes, codes] = codes
+    b[codes, codes] = 0x38  # 1.0
+    scale = np.ones((2, 2), np.float32)
+    want = np.zeros((256, 256), np.float32)
+    want[codes, codes] = kx.numerics.e4m3_decode(codes)
+    want[np.isnan(want).any(1)] = np.nan
+    for m in (1, 2, 5, 64):
+        for i in range(0, 256, m):
+            rows = a[i:i + m].view(kx.numerics.FP8)
+            got = kx.fp8_gemm(rows, scale[:1].repeat(len(rows), 0), b.view(kx.numerics.FP8), scale, out_dtype="f32")
+            assert np.array_equal(got, want[i:i + m], equal_nan=True), (m, i)

@@ -362,6 +362,24 @@ KN_INLINE void store_transposed(void* out, Dtype dtype, int64_t ldo, int64_t m0,
     }
 }
 
+// Writes the sums of one weight row to out[m, n].
+struct RowWriter {
+    void* out;
+    Dtype dtype;
+    int64_t m, n;
+    const bf16* bias;
+
+    void operator()(int64_t row, const float* sums) const {
+        const float shift = bias ? bf16_to_float(bias[row]) : 0.0f;
+        for (int64_t i = 0; i < m; ++i) {
+            if (dtype == Dtype::bf16)
+                static_cast<bf16*>(out)[i * n + row] = float_to_bf16(sums[i] + shift);
+            else
+                static_cast<float*>(out)[i * n + row] = sums[i] + shift;
+        }
+    }
+};
+
 static thread_local PanelScratch panel_scratch;
 
 // out[m, n] = x * w^T (+ bias[n]) on all threads; decode(row, k0, kc, dst) gives f32 values of a row of x,
@@ -375,15 +393,7 @@ static void product(int64_t m, const Weights& w, float* packed, const Decode& de
             for (int64_t q = 0; q < k; q += 128) decode(i, q, min64(128, k - q), packed + i * k + q);
         parallel(threads, [&](int index, int count) {
             const Range r = share(n, index, count, 32);
-            stream(m, w, r.begin, r.end, packed, [&](int64_t row, const float* sums) {
-                const float shift = bias ? bf16_to_float(bias[row]) : 0.0f;
-                for (int64_t i = 0; i < m; ++i) {
-                    if (dtype == Dtype::bf16)
-                        static_cast<bf16*>(out)[i * n + row] = float_to_bf16(sums[i] + shift);
-                    else
-                        static_cast<float*>(out)[i * n + row] = sums[i] + shift;
-                }
-            });
+            stream(m, w, r.begin, r.end, packed, RowWriter{out, dtype, m, n, bias});
         });
         return;
     }

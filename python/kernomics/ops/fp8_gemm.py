@@ -77,8 +77,8 @@ def fp8_gemm(a: FP8["m k"], a_scale: F32["m k/128"], b: FP8["n k"], b_scale: F32
     >>> import numpy as np, kernomics as kx
     >>> a, a_scale = kx.fp8_quantize(np.ones((2, 256), np.float32))
     >>> b, b_scale = kx.fp8_quantize(np.ones((3, 256), np.float32), block=(128, 128))
-    >>> kx.fp8_gemm(a, a_scale, b, b_scale, out_dtype="f32")
-    array([[256., 256., 256.],
-           [256., 256., 256.]], dtype=float32)
+    >>> kx.fp8_gemm(a, a_scale, b, b_scale)
+    array([[256, 256, 256],
+           [256, 256, 256]], dtype=bfloat16)
     """
     return dequantize(a, a_scale, (1, 128)) @ dequantize(b, b_scale, (128, 128)).T
