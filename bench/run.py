@@ -57,6 +57,7 @@ class Row:
     error: float = 0.0
     failed: str = ""
     cold: bool = False
+    peaks: dict = field(default_factory=dict)  # the machine's ceilings while the row was timed
     timing: Timing | None = None
     peers: list = field(default_factory=list)
 
@@ -269,6 +270,13 @@ def measure_ceilings(peaks, buffer, isas, threads, tick=lambda: None):
         tick()
 
 
+def ceilings_now(start, buffer, isas, threads):
+    """As measure_ceilings, afresh: the clock of a shared machine moves by a tenth within minutes."""
+    now = {"fma": {key: value for key, value in start["fma"].items() if key[1] != threads}, "read": {}}
+    measure_ceilings(now, buffer, isas, [threads])
+    return now
+
+
 # ---------------------------------------------------------------- records
 
 
@@ -297,7 +305,7 @@ def commit():
         return ""
 
 
-def record(row, threads, peaks, meta):
+def record(row, threads, meta):
     """The row as one JSON object."""
     op, case, t = row.op, row.case, row.timing
     scalars = {s.name: op.values(case)[s.name] for s in op.scalars}
@@ -307,8 +315,7 @@ def record(row, threads, peaks, meta):
         "dtypes": {n: x[0] for n, x in op.layout(case).items() if x}, "scalars": scalars,
         "seconds_median": t.median, "p10": t.p10, "p90": t.p90, "n": t.n, "flops": row.work.flops, "bytes": row.work.bytes,
         "error": row.error,
-        "ceilings": {"flops_f32": peaks["fma"][row.isa, threads], "bytes_read": peaks["read"][threads],
-                     "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")},
+        "ceilings": {**row.peaks, "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")},
         "cache_state": "cold" if row.cold else "warm", **meta, "peers": row.peers,
     }
     return {name: values[name] for name in FIELDS}
@@ -342,8 +349,8 @@ def show_ceilings(console, peaks, isas, threads):
         console.print("All threads together stay far below one alone: other work is running.", style="yellow")
 
 
-def roofline_s(row, threads, peaks):
-    return max(row.work.flops / peaks["fma"][row.isa, threads], row.work.bytes / peaks["read"][threads])
+def roofline_s(row):
+    return max(row.work.flops / row.peaks["flops_f32"], row.work.bytes / row.peaks["bytes_read"])
 
 
 def _figure(value):
@@ -351,7 +358,7 @@ def _figure(value):
     return f"{value:.{3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
-def show_rows(console, rows, threads, peaks):
+def show_rows(console, rows, threads):
     title = f"{threads} thread{'s' * (threads > 1)}; ratio: time of the best peer over ours"
     table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False, title=title, title_justify="left")
     table.add_column("op and case", width=26, no_wrap=True)
@@ -372,11 +379,12 @@ def show_rows(console, rows, threads, peaks):
         t, best = row.timing.median, row.best_peer
         table.add_row(
             name, where, _figure(t * 1e3), f"{100 * row.timing.spread:.0f}", _figure(row.work.flops / t / 1e9),
-            _figure(row.work.bytes / t / 1e9), f"{100 * roofline_s(row, threads, peaks) / t:.0f}",
+            _figure(row.work.bytes / t / 1e9), f"{100 * roofline_s(row) / t:.0f}",
             *((best["name"], Text(f"{best['ratio']:.2f}", "green" if best["ratio"] >= 1 else "red")) if best else ("-", "-")))
     console.print(table)
     console.print("roof%: time at this machine's FMA peak or read bandwidth, whichever is longer, over the time taken;\n"
-                  "operands that stay in cache can pass the read bandwidth of memory.", style="dim")
+                  "both are measured before and after each case. Operands in cache can pass the read bandwidth of memory.",
+                  style="dim")
     for row in rows:
         if row.failed:
             console.print(f"FAILED {row.op.name}, {row.case.bench}: {row.failed}", style="red")
@@ -448,27 +456,33 @@ def main(ops=None, kernels=None, isa=None, threads=None, quick=False, records=No
         with Progress(TextColumn("{task.description:<52.52}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(),
                       console=console, transient=True) as progress:
             task = progress.add_task("", total=sum(len(cases) for _, _, cases in chosen))
+            before_case = ceilings_now(peaks, buffer, isas, threads)
             for op, ready, cases in chosen:
                 drawn = {}
                 for case in cases:
                     title = f"{op.name}: {case.bench}"
                     progress.update(task, description=title)
-                    rows += bench_case(op, case, ready, isas, module, budget_s, least,
-                                       lambda name, title=title: progress.update(task, description=f"{title}: {name}"), drawn)
+                    made = bench_case(op, case, ready, isas, module, budget_s, least,
+                                      lambda name, title=title: progress.update(task, description=f"{title}: {name}"), drawn)
+                    after_case = ceilings_now(peaks, buffer, isas, threads)
+                    for row in made:
+                        row.peaks = {"flops_f32": max(x["fma"][row.isa, threads] for x in (before_case, after_case)),
+                                     "bytes_read": max(x["read"][threads] for x in (before_case, after_case))}
+                    before_case = after_case
+                    rows += made
                     progress.advance(task)
     finally:
         numpy_ops.set_num_threads(before[0])
         _cpu.use_isa(before[1])
         if module:
             torch.set_num_threads(torch_threads)
-    measure_ceilings(peaks, buffer, isas, [threads])  # a ceiling is what the machine reached in a quiet moment
-    show_rows(console, rows, threads, peaks)
+    show_rows(console, rows, threads)
     if len(isas) > 1:
         show_gain(console, rows)
     for name, reason in skipped.items():
         console.print(f"skipped {name}: {reason}", style="dim")
     meta = {"versions": versions(), "commit": commit(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-    made = [record(r, threads, peaks, meta) for r in rows if r.timing]
+    made = [record(r, threads, meta) for r in rows if r.timing]
     if records is None:
         files = {Path("out/bench.jsonl"): made} if made else {}
     else:

@@ -10,12 +10,15 @@ namespace kn::KN_ISA {
 #if defined(__AVX512F__)
 constexpr int MR = 12, NV = 2;   // 24 accumulators + 2 of B + 1 broadcast of 32 registers: 14 loads for 24 FMAs
 constexpr int MR1 = 24;          // for a single vector of lanes
+constexpr int REST = 8;          // rows of a tile after the last full one, then halves: 4 rows still fill the FMA units
 #elif defined(__AVX2__)
 constexpr int MR = 6, NV = 2;    // 12 of 16 registers
 constexpr int MR1 = 12;
+constexpr int REST = 4;
 #else
 constexpr int MR = 6, NV = 2;
 constexpr int MR1 = 12;
+constexpr int REST = 4;
 #endif
 constexpr int LANES = NV * W;
 
@@ -59,12 +62,12 @@ static void block(int64_t rows, int64_t vectors, int64_t k, const float* a, cons
     for (; v + NV <= vectors; v += NV) {
         int64_t i = 0;
         for (; i + MR <= rows; i += MR) tile<MR, NV, RS, CS>(k, a + i * RS, b + v * W, ldb, c + i * ldc + v * W, ldc, add_to);
-        if (i < rows) tile_rest<MR / 2, NV, RS, CS>(rows - i, k, a + i * RS, b + v * W, ldb, c + i * ldc + v * W, ldc, add_to);
+        if (i < rows) tile_rest<REST, NV, RS, CS>(rows - i, k, a + i * RS, b + v * W, ldb, c + i * ldc + v * W, ldc, add_to);
     }
     for (; v < vectors; ++v) {
         int64_t i = 0;
         for (; i + MR1 <= rows; i += MR1) tile<MR1, 1, RS, CS>(k, a + i * RS, b + v * W, ldb, c + i * ldc + v * W, ldc, add_to);
-        if (i < rows) tile_rest<MR1 / 2, 1, RS, CS>(rows - i, k, a + i * RS, b + v * W, ldb, c + i * ldc + v * W, ldc, add_to);
+        if (i < rows) tile_rest<2 * REST, 1, RS, CS>(rows - i, k, a + i * RS, b + v * W, ldb, c + i * ldc + v * W, ldc, add_to);
     }
 }
 
