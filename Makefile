@@ -40,7 +40,7 @@ native: build/asan/.built build/tsan/.built
 $(VENV)/.ready: Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -U pip
-	$(BIN)/python -m pip install -q torch==2.13.0 numpy ml_dtypes typer rich matplotlib pytest pytest-cov hypothesis ruff pybind11 \
+	$(BIN)/python -m pip install -q torch==2.13.0 numpy ml_dtypes typer rich pydantic scipy matplotlib plotly pyarrow pytest pytest-cov hypothesis ruff pybind11 \
 	    "scikit-build-core>=0.11" "nanobind>=2.4" ninja "cmake>=3.26"
 	touch $@
 

@@ -9,12 +9,13 @@ from kernomics.contract import OPS
 from kernomics.cost import CostError, wrong
 from kernomics.cost.economics import expected_active
 
-MEASURED, INTERPOLATED, BOUND = "measured", "interpolated", "bound"
-MARKS = (MEASURED, INTERPOLATED, BOUND)  # best first
+MEASURED, INTERPOLATED, IMPORTED, TRANSFERRED, BOUND = "measured", "interpolated", "imported", "transferred", "bound"
+MARKS = (MEASURED, INTERPOLATED, IMPORTED, TRANSFERRED, BOUND)  # best first
 VARYING = ("m", "t", "s", "b")  # a row may differ from the two records around it in one of these
 IGNORED = {  # what does not change a call's work
     "mla_append_kv": {"p", "page"},
     "mla_decode": {"p", "n"},
+    "mla_decode_sparse": {"p"},
     "moe_experts": {"e"},  # only the experts in use are read
     "moe_experts_bf16": {"e"},
 }

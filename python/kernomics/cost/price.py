@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from kernomics.cost import Unknown
 from kernomics.cost.economics import chips_needed, dollars_per_mtoken, roofline_seconds, shared_seconds, tokens_per_second
-from kernomics.cost.measured import BOUND, INTERPOLATED, MEASURED, weakest
+from kernomics.cost.measured import BOUND, MARKS, MEASURED, Measured, weakest
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,8 @@ class Timed:
     seconds: float | None
     mark: str
     why: str = ""
+    source: str = ""
+    sigma: float | None = None  # relative, of an imported figure
 
     @property
     def step_seconds(self):
@@ -27,21 +29,56 @@ def bound(row, chip):
     bandwidth = chip.need("bytes_per_s")
     if row.dtype is None:
         return work.bytes / bandwidth
-    return roofline_seconds(work.flops, chip.need(f"flops_{row.dtype}"), work.bytes, bandwidth)
+    return roofline_seconds(work.flops, peak(chip, row.dtype), work.bytes, bandwidth)
+
+
+def peak(chip, dtype):
+    """FLOP/s of a dtype's products; fp4 weights on a chip without fp4 units are multiplied in fp8."""
+    if dtype == "fp4" and chip.get("flops_fp4") is None:
+        dtype = "fp8"
+    return chip.need(f"flops_{dtype}")
+
+
+class Sources:
+    """Where seconds come from, best first: bench records, imported tables, the roofline."""
+
+    def __init__(self, measured=None, tables=()):
+        self.measured, self.tables, self._known = measured or Measured([]), tuple(tables), {}
+
+    def time(self, row, chip):
+        _, known = self._known.setdefault(id(chip), (chip, {}))  # the chip is kept, so its id stays its own
+        key = row.kind, row.units, row.op, row.dtype, row.work, tuple(row.dims.items()), tuple(row.lookup.items())
+        found = known.get(key)
+        if found is None:
+            found = known[key] = self._time(row, chip)
+        return Timed(row, found.seconds, found.mark, found.why, found.source, found.sigma)
+
+    def _time(self, row, chip):
+        found = self.measured.seconds(chip.key, row.op, row.dims) if row.op else None
+        if found and found[1] == MEASURED:
+            return Timed(row, *found, source="bench records")
+        try:
+            limit, why = bound(row, chip), ""
+        except Unknown as error:
+            limit, why = None, str(error)
+        if found:  # between two points, yet never faster than the roofline
+            return Timed(row, max(found[0], limit or 0.0), found[1], source="bench records")
+        imported = self.imported(row.kind, row.units, row.lookup, chip)
+        if imported:
+            return Timed(row, max(imported.seconds, limit or 0.0), imported.mark, source=imported.source, sigma=imported.sigma)
+        return Timed(row, limit, BOUND, why, "" if why else "roofline")
+
+    def imported(self, kind, units, dims, chip):
+        """The best answer of the tables, or None."""
+        if not kind:
+            return None
+        answers = [f for t in self.tables if (f := t.seconds(chip.key, kind, units, dims))]
+        return min(answers, key=lambda f: (MARKS.index(f.mark), f.sigma), default=None)
 
 
 def time(row, chip, measured):
-    """A row's seconds from the best source there is: a record, two records around it, the roofline."""
-    found = measured.seconds(chip.key, row.op, row.dims) if row.op else None
-    if found and found[1] == MEASURED:
-        return Timed(row, *found)
-    try:
-        limit = bound(row, chip)
-    except Unknown as error:
-        return Timed(row, *found) if found else Timed(row, None, BOUND, str(error))
-    if found:
-        return Timed(row, max(found[0], limit), INTERPOLATED)  # between two points, yet never faster than the roofline
-    return Timed(row, limit, BOUND)
+    """A row's seconds from the best source there is."""
+    return (measured if isinstance(measured, Sources) else Sources(measured)).time(row, chip)
 
 
 @dataclass(frozen=True)
@@ -80,7 +117,7 @@ class Price:
         if not self.chip_seconds:
             return {}
         return {mark: sum(t.step_seconds for t in self.timed if t.mark == mark) / self.chip_seconds
-                for mark in (MEASURED, INTERPOLATED, BOUND)}
+                for mark in MARKS}
 
     @property
     def tokens_per_s_per_chip(self):

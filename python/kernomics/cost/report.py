@@ -10,14 +10,15 @@ from rich.text import Text
 
 from kernomics.cost import CostError, wrong
 from kernomics.cost import chips as chip_files
-from kernomics.cost.measured import BOUND, INTERPOLATED, MEASURED, Measured, read, weakest
+from kernomics.cost.measured import BOUND, IMPORTED, INTERPOLATED, MEASURED, TRANSFERRED, Measured, read, weakest
 from kernomics.cost.model import NEGLECTED, PUBLISHED, Model
 from kernomics.cost.price import price
 
 DEFAULT_CHIPS = ("h200", "h100", "b200", "mi300x", "tpu-v5p", "trainium2")
 PHASES = ("decode", "prefill")
 THIS = "this"
-SIGN = {MEASURED: ("●", "green"), INTERPOLATED: ("◐", "yellow"), BOUND: ("○", "dim")}
+SIGN = {MEASURED: ("●", "green"), INTERPOLATED: ("◐", "yellow"), IMPORTED: ("■", "cyan"), TRANSFERRED: ("□", "magenta"),
+        BOUND: ("○", "dim")}
 WIDTH = 100
 
 
@@ -87,12 +88,15 @@ def _money(x):
 
 SHAPES = {
     "fp8_quantize": "{m}x{k}", "fp8_gemm": "{m}x{n}x{k}", "mla_append_kv": "{t} tok", "mla_decode": "{b} x {s} keys",
-    "mla_prefill": "{t} tok", "moe_route": "{t}x{e}", "moe_experts": "{active} of {e}", "moe_experts_bf16": "{active} of {e}",
+    "mla_decode_sparse": "{b} x {top_k} keys", "mla_index": "{t} x {s} keys", "mla_prefill": "{t} tok",
+    "moe_route": "{t}x{e}", "moe_experts": "{active} of {e}", "moe_experts_bf16": "{active} of {e}",
     "swiglu_quantize": "{t}x{n}",
 }
 
 
 def _shape(row):
+    if row.kind and row.kind.startswith("gqa"):
+        return "{b} x {s} keys".format(**row.dims)
     return SHAPES[row.op].format(**row.dims) if row.op else "x".join(map(str, row.dims.values()))
 
 
@@ -115,9 +119,9 @@ def model_table(model, steps):
     table.add_row("multiplied per token", billions(model.active_params_no_embedding / 1e9), "without it: a look-up")
     if model.mtp_params:
         table.add_row("MTP module", billions(model.mtp_params / 1e9), "beside the total, not priced")
-    table.add_row("weights", si(model.weight_bytes, "B"), f"projections and experts {model.weights}, the rest bf16")
-    table.add_row("KV cache per token", f"{model.kv_bytes_per_token():,} B",
-                  f"bf16; {model.kv_bytes_per_token('fp8'):,} B in the 656-byte FP8 layout")
+    kinds = model.weights if model.experts == model.weights else f"{model.weights}, experts {model.experts}"
+    table.add_row("weights", si(model.weight_bytes, "B"), f"projections {kinds}, the rest bf16")
+    table.add_row("KV cache per token", f"{model.kv_bytes_per_token():,} B", f"{model.kv_bytes_per_token('fp8'):,} B in fp8")
     for step in steps:
         flops, size = (sum(r.count * getattr(r.work, f) for r in step.rows) for f in ("flops", "bytes"))
         words = f"{si(size, 'B')} to move: {_three(flops / size)} FLOP/B; {step.at}"
@@ -257,8 +261,7 @@ def main(model="deepseek-v3", chip=(), dollars_per_hour=(), batch=(1,), context=
         print(json.dumps(as_dict(model, steps, prices), indent=1))
         return
     console = Console() if Console().is_terminal else Console(width=WIDTH)
-    console.print(f"[bold]{model.name}[/]: {model.layers} layers ({model.dense_layers} dense), hidden {model.d}, "
-                  f"{model.h} heads, {model.e} experts of {model.n}, {model.top_k} per token", highlight=False)
+    console.print(f"[bold]{model.name}[/]: {model.text()}", highlight=False)
     console.print(model_table(model, steps))
     columns = max(1, (console.width - 36) // 9)
     for i in sorted(first.values()):

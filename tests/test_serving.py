@@ -1,0 +1,212 @@
+"""Serving: memory, communication, steps, drafts, operating points, workloads. Chips here are made up; laws hold on any."""
+
+import datetime
+import time
+from dataclasses import replace
+
+import pytest
+
+from kernomics.cost import CostError, Unknown, comm, serving
+from kernomics.cost.chips import Chip, Figure
+from kernomics.cost.model import Model
+from kernomics.cost.price import Sources
+from kernomics.cost.serving import DoesNotFit, Plan, Workload
+
+V3 = Model.load("deepseek-v3")
+LLAMA = Model.load("llama-3.1-70b", weights="fp8")
+SOURCES = Sources()
+
+
+def chip(key="made-up", **figures):
+    known = {"flops_bf16": 1e15, "flops_fp8": 2e15, "bytes_per_s": 4e12, "memory_bytes": 140e9, "scale_up_bytes_per_s": 400e9,
+             "scale_up_domain": 8, "scale_out_bytes_per_s": 50e9, **figures}
+    day = datetime.date(2026, 1, 1)
+    return Chip(key, key, {n: Figure(v, "estimate", "test", day) for n, v in known.items() if v is not None})
+
+
+CHIP = chip()
+
+
+# ---------------------------------------------------------------- communication
+
+
+def test_distinct_destinations():
+    assert comm.expected_distinct(1, 8) == 1
+    assert comm.expected_distinct(10**9, 8) == pytest.approx(8)
+    assert comm.expected_distinct(2, 2) == pytest.approx(1.5)  # 1 with chance 1/2, else 2
+
+
+def test_tokens_go_once_to_each_domain_and_once_to_each_chip():
+    inside = comm.exchange_bytes(10, 100, 8, 8, 8)
+    assert inside == (pytest.approx(10 * 100 * 7 / 8 * comm.expected_distinct(8, 8)), 0)
+    up, out = comm.exchange_bytes(10, 100, 8, 64, 8)
+    assert out == pytest.approx(10 * 100 * comm.expected_distinct(8, 8) * 7 / 8)
+    assert up + out == pytest.approx(10 * 100 * comm.expected_distinct(64, 8) * 63 / 64)
+    assert comm.exchange_bytes(10, 100, 8, 64, 1)[0] == pytest.approx(0)  # no domain: all over scale-out
+    assert comm.exchange_bytes(10, 100, 1, 2, 2)[0] == pytest.approx(500)  # one draw of two chips: half stay
+
+
+def test_links_work_at_the_same_time_and_unknown_ones_are_refused():
+    links = comm.Links(8, 400e9, 50e9, alpha=1e-6)
+    assert links.seconds(400e3, 50e3) == pytest.approx(1e-6 + 1e-6)
+    assert links.seconds(400e3, 100e3) == pytest.approx(1e-6 + 2e-6)
+    with pytest.raises(Unknown, match="scale_out"):
+        comm.Links(8, 400e9, None).seconds(1, 1)
+
+
+def test_all_reduce():
+    links = comm.Links(8, 400e9, 50e9)
+    assert comm.all_reduce_seconds(links, 1e6, 1) == 0
+    assert comm.all_reduce_seconds(links, 1e6, 8) == pytest.approx(2e6 * 7 / 8 / 400e9)
+    slow = comm.Links(8, 400e9, 5e9)
+    assert comm.all_reduce_seconds(slow, 1e6, 16) == pytest.approx(2e6 / 8 / 2 / 5e9)  # the chips of a domain share the sums
+
+
+def test_alpha_and_beta_are_found_again():
+    sizes = [1e3, 1e4, 1e5, 1e6, 1e7]
+    assert comm.fit_alpha_beta(sizes, [5e-6 + s / 300e9 for s in sizes]) == (pytest.approx(5e-6), pytest.approx(300e9))
+
+
+# ---------------------------------------------------------------- memory
+
+
+def test_what_does_not_fit_is_refused_with_its_bytes():
+    with pytest.raises(DoesNotFit, match=r"weights 673\.\d GB.*KV cache.*reserve 14\.0 GB; .* of 140\.0 GB a chip"):
+        serving.decode_point(V3, CHIP, SOURCES, Plan(), 1, 4096)
+    plan = Plan(tp=1, ep=8)
+    most = serving.most_sequences(V3, CHIP, plan, 4096)
+    serving.decode_point(V3, CHIP, SOURCES, plan, most, 4096)
+    with pytest.raises(DoesNotFit):
+        serving.decode_point(V3, CHIP, SOURCES, plan, most + 1, 4096)
+
+
+def test_chips_of_a_tp_group_each_hold_the_latent_cache():
+    for tp in (1, 8):
+        assert serving.memory_parts(V3, CHIP, Plan(tp=tp, ep=8), 4, 1000, 4)["KV cache"] == 4 * 1000 * 70_272
+    whole, cut = (serving.memory_parts(LLAMA, CHIP, Plan(tp=tp), 4, 1000, 4)["KV cache"] for tp in (1, 8))
+    assert whole == 8 * cut
+
+
+# ---------------------------------------------------------------- a step
+
+
+def point(plan, b=16, s=4096, on=CHIP, model=V3):
+    return serving.decode_point(model, on, SOURCES, plan, b, s)
+
+
+def test_a_step_is_the_sum_of_its_parts():
+    x = point(Plan(tp=2, ep=16)).step
+    assert x.seconds == pytest.approx(sum(p.total for p in x.parts))
+    assert x.exposed == pytest.approx(sum(p.total for p in x.parts if p.layer == "communication"))
+    assert {p.name for p in x.parts if p.layer == "communication"} == {"all-reduce", "dispatch", "combine"}
+    assert x.mark == "bound" and x.share["bound"] == 1
+
+
+def test_two_batches_hide_the_shorter_of_compute_and_communication():
+    plan = Plan(ep=64)
+    plain, halves = point(plan, 64).step, point(replace(plan, micro_batches=2), 64).step
+    moves = sum(p.total for p in halves.parts if p.layer == "communication")
+    work = sum(p.total for p in halves.parts if p.layer != "communication")
+    assert halves.seconds == pytest.approx(max(moves, work)) and halves.exposed == pytest.approx(max(moves - work, 0))
+    assert work > sum(p.total for p in plain.parts if p.layer != "communication")  # weights are read twice
+    busy = point(replace(plan, micro_batches=2, comm_share=20 / 132), 64).step
+    assert busy.seconds == pytest.approx(max(moves, work / (112 / 132)))
+
+
+def test_imbalance_slows_the_experts():
+    even, skewed = (point(Plan(ep=32, imbalance=i), 128).step for i in (1.0, 1.5))
+    experts = [next(p.total for p in x.parts if p.name == "routed experts") for x in (even, skewed)]
+    assert skewed.seconds - even.seconds == pytest.approx(experts[1] - experts[0])
+    assert 1 < experts[1] / experts[0] <= 1.5
+
+
+def test_drafts_gain_where_they_are_accepted():
+    plan = Plan(ep=8)
+    plain = point(plan)
+    sure, never = (point(replace(plan, drafts=1, acceptance=a)) for a in (1.0, 0.0))
+    assert sure.tokens_per_s_per_user == pytest.approx(2 * never.tokens_per_s_per_user)
+    assert never.tokens_per_s_per_user < plain.tokens_per_s_per_user < sure.tokens_per_s_per_user
+    assert "MTP" in {p.layer for p in sure.step.parts}
+    assert Plan(drafts=2, acceptance=0.5).tokens_per_step == 1 + 0.5 + 0.25
+
+
+def test_stages_share_memory_and_keep_throughput():
+    flat, deep = point(Plan(ep=8)), point(Plan(ep=8, pp=2))
+    assert deep.plan.chips == 16
+    assert deep.tokens_per_s_per_chip == pytest.approx(flat.tokens_per_s_per_chip, rel=0.02)
+    assert deep.step.memory["weights"] == pytest.approx(flat.step.memory["weights"] / 2)
+
+
+def test_prefill_in_chunks_sees_what_came_before():
+    whole = serving.prefill_point(V3, CHIP, SOURCES, Plan(ep=8), 8192, 8192)
+    chunks = serving.prefill_point(V3, CHIP, SOURCES, Plan(ep=8), 2048, 8192)
+    flops = [sum(p.total for p in x.step.parts if p.name == "MLA prefill") / x.step.tokens for x in (whole, chunks)]
+    assert flops[1] == pytest.approx(flops[0], rel=0.1)
+
+
+def test_missing_figures_are_named():
+    with pytest.raises(Unknown, match="made-up: scale_out_bytes_per_s is unknown"):
+        point(Plan(ep=64), on=chip(scale_out_bytes_per_s=None))
+    with pytest.raises(Unknown, match="flops_fp8"):
+        point(Plan(ep=8), on=chip(flops_fp8=None))
+
+
+@pytest.mark.parametrize("bad", [dict(pp=0), dict(drafts=-1), dict(acceptance=1.1), dict(micro_batches=3), dict(comm_share=1.0),
+                                 dict(dispatch="int8"), dict(ep=6, tp=4), dict(tp=0), dict(memory_share=0.0),
+                                 dict(imbalance=0.5)])
+def test_bad_plans(bad):
+    with pytest.raises(CostError, match=next(iter(bad))):
+        Plan(**bad)
+
+
+# ---------------------------------------------------------------- operating points and workloads
+
+
+def test_the_front_falls_and_is_found_quickly():
+    start = time.perf_counter()
+    points = serving.decode_points(V3, CHIP, Sources(), 4096, chips=64)
+    assert time.perf_counter() - start < 5
+    kept = serving.front(points)
+    speeds, chips = [p.tokens_per_s_per_user for p in kept], [p.tokens_per_s_per_chip for p in kept]
+    assert speeds == sorted(speeds, reverse=True) and chips == sorted(chips) and len(kept) > 5
+    for p in points:
+        assert any(k.tokens_per_s_per_user >= p.tokens_per_s_per_user and k.tokens_per_s_per_chip >= p.tokens_per_s_per_chip
+                   for k in kept)
+
+
+@pytest.mark.parametrize("model", (V3, LLAMA), ids=("v3", "llama"))
+@pytest.mark.parametrize("disaggregated", (True, False))
+def test_a_faster_service_costs_more(model, disaggregated):
+    slow, fast = (serving.serve(model, CHIP, SOURCES, Workload(4096, 1024, speed=v), chips=32, disaggregated=disaggregated)
+                  for v in (20, 60))
+    assert fast.speed >= 60 and slow.speed >= 20 and fast.chip_seconds > slow.chip_seconds
+    assert 0 < slow.prefill_share < 1
+
+
+def test_cache_hits_save_prefill():
+    none, half = (serving.serve(LLAMA, CHIP, SOURCES, Workload(8192, 256, hit=h), chips=8) for h in (0.0, 0.5))
+    assert half.decode_seconds == none.decode_seconds
+    assert 0.4 * none.prefill_seconds < half.prefill_seconds < 0.7 * none.prefill_seconds  # half, behind a longer prefix
+
+
+def test_pools_are_matched_in_whole_instances():
+    service = serving.serve(V3, CHIP, SOURCES, Workload(4096, 1024, speed=20), chips=32)
+    fill, decode = service.fleet(1000)
+    assert fill % service.prefill.plan.chips == 0 and decode % service.decode.plan.chips == 0
+    assert fill / (fill + decode) == pytest.approx(service.prefill_share, rel=0.1)
+    assert sum(service.fleet(1000, utilisation=0.5)) == pytest.approx(2 * (fill + decode), rel=0.1)
+
+
+def test_speeds_out_of_reach_are_refused():
+    with pytest.raises(CostError, match="no plan gives a user 1e\\+06 tokens/s.* the fastest decodes"):
+        serving.serve(LLAMA, CHIP, SOURCES, Workload(speed=1e6), chips=8)
+    with pytest.raises(CostError, match="first token within 1e-09"):
+        serving.serve(LLAMA, CHIP, SOURCES, Workload(first=1e-9), chips=8)
+    with pytest.raises(DoesNotFit):
+        serving.serve(V3, chip(memory_bytes=10e9), SOURCES, Workload(), chips=8)
+
+
+@pytest.mark.parametrize("bad", [dict(tokens_in=0), dict(tokens_out=0), dict(hit=1.0), dict(speed=-1), dict(first=0)])
+def test_bad_workloads(bad):
+    with pytest.raises(CostError, match=next(iter(bad))):
+        Workload(**bad)
