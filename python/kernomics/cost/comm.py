@@ -53,11 +53,6 @@ def exchange_bytes(t, token_bytes, top_k, ranks, domain):
     return t * token_bytes * max(chips - outside, 0.0), t * token_bytes * outside
 
 
-def dispatch_bytes(d, dtype="fp8"):
-    """Bytes of a token on its way to experts: codes and a scale per 128 in fp8, two bytes a value in bf16."""
-    return d + 4 * ceil(d / 128) if dtype == "fp8" else 2 * d
-
-
 def all_reduce_bytes(size, ranks):
     """Bytes a chip sends to sum ``size`` bytes over ``ranks`` chips: reduce-scatter and all-gather."""
     return 2 * size * (ranks - 1) / ranks

@@ -9,8 +9,9 @@ from kernomics.contract import OPS
 from kernomics.cost import CostError, wrong
 from kernomics.cost.economics import expected_active
 
-MEASURED, INTERPOLATED, IMPORTED, TRANSFERRED, BOUND = "measured", "interpolated", "imported", "transferred", "bound"
-MARKS = (MEASURED, INTERPOLATED, IMPORTED, TRANSFERRED, BOUND)  # best first
+MEASURED, INTERPOLATED, IMPORTED, TRANSFERRED = "measured", "interpolated", "imported", "transferred"
+DERATED, BOUND = "derated", "bound"  # a roofline with a named latency or share of bandwidth; a roofline
+MARKS = (MEASURED, INTERPOLATED, IMPORTED, TRANSFERRED, DERATED, BOUND)  # best first
 VARYING = ("m", "t", "s", "b")  # a row may differ from the two records around it in one of these
 IGNORED = {  # what does not change a call's work
     "mla_append_kv": {"p", "page"},

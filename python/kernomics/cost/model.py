@@ -28,8 +28,7 @@ PUBLISHED = {  # total / active parameters as their makers state them
     "mixtral-8x7b": "47B / 13B",  # arXiv:2401.04088, abstract
     "llama-3.1-70b": "70B",  # arXiv:2407.21783
 }
-NEGLECTED = ("RMSNorm of hidden state and q", "RoPE on q", "residual additions", "embedding look-up", "sampling",
-             "launch and host time")
+NEGLECTED = ("embedding look-up", "sampling", "launch and host time")
 PAGE = 64  # tokens a page of the KV cache
 APPEND = {"norm_weight": "bf16", "cos": "f32", "sin": "f32"}  # with RMSNorm and RoPE in the same pass
 LATENT, ROPE, NOPE, VALUE = 512, 64, 128, 128  # widths that the MLA ops fix
@@ -327,6 +326,7 @@ class Row:
     kind: str | None = None
     units: str = ""  # dtype in a table's words
     lookup: dict = field(default_factory=dict)
+    variants: tuple = ()  # of a table, best first; then the table's own choice
 
 
 @dataclass(frozen=True)
@@ -512,11 +512,16 @@ class Model:
             if isinstance(block.mlp, Mlp):
                 at.mlp("MLP", t, block.mlp.n // shard.tp)
             else:
-                at.moe(block.mlp, t)
+                at.moe(block.mlp, t, "decode" if decode else "prefill")
             rows += at.rows
         head = Rows(self, "head", 1, shard)
         head.bmm("output head", 1, t if decode else b, self.vocab // shard.tp, self.d)
         return rows + head.rows
+
+
+def token_bytes(d, dtype="fp8"):
+    """Bytes of a token's hidden state: codes and a scale per 128 in fp8, two bytes a value in bf16."""
+    return d + 4 * ceil(d / 128) if dtype == "fp8" else 2 * d
 
 
 def mlp_linears(d, n):
@@ -530,17 +535,21 @@ class Rows:
     def __init__(self, model, layer, count, shard):
         self.model, self.layer, self.count, self.shard, self.rows = model, layer, count, shard, []
 
-    def add(self, name, op, dims, dtype, work, kind=None, units="", lookup=()):
-        self.rows.append(Row(self.layer, name, op, dims, dtype, self.count, work, kind, units, dict(lookup)))
+    def add(self, name, op, dims, dtype, work, kind=None, units="", lookup=(), variants=()):
+        self.rows.append(Row(self.layer, name, op, dims, dtype, self.count, work, kind, units, dict(lookup), variants))
 
-    def op(self, name, op, dtype=None, kind=None, units="", lookup=(), **dims):
-        self.add(name, op, dims, dtype, OPS[op].work(**dims), kind, units, lookup)
+    def pass_over(self, name, size):
+        """An elementwise pass that reads and writes ``size`` bytes in all: no op of ours."""
+        self.add(name, None, {"bytes": round(size)}, None, Work(0, size))
+
+    def op(self, name, op, dtype=None, kind=None, units="", lookup=(), variants=(), **dims):
+        self.add(name, op, dims, dtype, OPS[op].work(**dims), kind, units, lookup, variants)
 
     def bmm(self, name, b, m, n, k):
         """b bf16 products [m, k] x [k, n]: no op of ours."""
         work = Work(2 * b * m * n * k, 2 * b * (m * k + k * n + m * n))
         dims = {"b": b, "m": m, "n": n, "k": k} if b > 1 else {"m": m, "n": n, "k": k}
-        self.add(name, None, dims, "bf16", work, "gemm" if b == 1 else "bmm", "bf16", dims)
+        self.add(name, None, dims, "bf16", work, *(("gemm", "bf16", dims) if b == 1 else ()))
 
     def linear(self, name, m, n, k):
         """x [m, k] -> [m, n]: quantize and multiply in fp8, or multiply in bf16."""
@@ -567,8 +576,10 @@ class Rows:
         """MLA: absorbed where it decodes (each query sees all keys), expanded where it prefills."""
         h, cache, linears = a.h // self.shard.tp, self.shard.cache, a.linears(self.model.d, self.shard.tp)
         tensor = "bf16" if cache == "bf16" else "u8"
+        self.norms(t)
         for name in [n for n in linears if n not in ("kv_b", "o", "index q")]:
             self.linear(name, t, *linears[name])
+        self.pass_over("q norm and RoPE", 2 * t * (2 * (a.q_rank or 0) + 2 * h * ROPE))
         self.op("append KV", "mla_append_kv", t=t, kv_cache=tensor, **APPEND)
         if a.index:
             self.index(a, t, s, linears)
@@ -580,14 +591,20 @@ class Rows:
                         p=ceil(b * s / PAGE), kv_cache=tensor, kind="mla_decode", units=cache,
                         lookup={"b": t, "h": h, "s": keys})
             else:
+                # q queries do the work of q times the heads
                 self.op("MLA decode", "mla_decode", dtype="bf16", b=b, q=q, h=h, s=s, page=PAGE, kv_cache=tensor,
-                        kind="mla_decode", units=cache, lookup={"b": b, "h": h, "s": s} | ({"q": q} if q > 1 else {}))
+                        kind="mla_decode", units=cache, lookup={"b": b, "h": q * h, "s": s})
             self.bmm("absorb W_uv", h, t, VALUE, LATENT)
         else:
             self.linear("kv_b", b * s, *linears["kv_b"])  # of the prefix too
+            self.pass_over("assemble K", 2 * b * s * h * (NOPE + (NOPE + ROPE)))
             self.op("MLA prefill", "mla_prefill", dtype="bf16", t=t, s=b * s, h=h, b=b, kind="mla_prefill", units="bf16",
                     lookup={"b": b, "t": q, "prefix": s - q, "h": h})
         self.linear("o", t, *linears["o"])
+
+    def norms(self, t):
+        """Before attention and before the MLP: add the residual and normalise, two tensors in and two out."""
+        self.pass_over("residual and norms", 2 * 4 * 2 * t * self.model.d)
 
     def index(self, a, t, s, linears):
         """Scores of every cached token, and the best of them."""
@@ -599,14 +616,16 @@ class Rows:
     def grouped(self, a, t, b, q, s, decode):
         tp, hd = self.shard.tp, a.head_dim
         h, kv_heads, linears = a.h // tp, max(1, a.kv_heads // tp), a.linears(self.model.d, tp)
+        self.norms(t)
         self.linear("qkv", t, *linears["qkv"])
+        self.pass_over("RoPE and append KV", 2 * t * (2 * h + 3 * kv_heads) * hd)
         size = 2 if self.shard.cache == "bf16" else 1
         pairs = b * (q * (s - q) + q * (q + 1) / 2)  # query-key pairs of a head
         work = Work(4 * h * hd * pairs, 2 * size * b * s * kv_heads * hd + 4 * t * h * hd)
         shape = {"b": b, "h": h, "kv_heads": kv_heads, "head_dim": hd}
         if decode:
             self.add("GQA decode", None, {**shape, "q": q, "s": s}, "bf16", work, "gqa_decode", self.shard.cache,
-                     {**shape, "s": s} | ({"q": q} if q > 1 else {}))
+                     {**shape, "h": q * h, "s": s})
         else:
             self.add("GQA prefill", None, {**shape, "t": q, "s": s}, "bf16", work, "gqa_prefill", self.shard.cache,
                      {**shape, "t": q, "prefix": s - q})
@@ -614,14 +633,17 @@ class Rows:
 
     # -- experts
 
-    def moe(self, moe, t):
+    def moe(self, moe, t, phase):
         """Router, routed experts and shared ones. ``t``: tokens of this chip; its experts see those of all EP chips."""
         shard, d = self.shard, self.model.d
         self.bmm("router", 1, t, moe.e, d)
         self.op("route", "moe_route", t=t, e=moe.e, top_k=moe.top_k, n_group=moe.n_group, topk_group=moe.topk_group,
                 **({"bias": "f32"} if moe.bias else {}), **moe.route)
         everyone = t * shard.ep / shard.tp if shard.ep > 1 else t  # tokens of the group; TP chips hold the same ones
-        lookup = {"t": round(everyone), "d": d, "n": moe.n, "e": moe.e, "top_k": moe.top_k,
+        variants = (f"balanced_{phase}",)
+        if shard.ep > 1:  # tokens as DeepEP delivers them
+            variants = (f"deepep_{phase}_power_law_1.01", f"deepep_{phase}_balanced", *variants)
+        lookup = {"t": round(everyone * shard.imbalance), "d": d, "n": moe.n, "e": moe.e, "top_k": moe.top_k,
                   "tp": shard.tp if shard.ep == 1 else 1, "ep": shard.ep}
         if shard.ep == 1:
             active = round(expected_active(t, moe.e, moe.top_k))
@@ -632,15 +654,18 @@ class Rows:
             share = held / (moe.e + shard.redundant)  # a token's chance to reach one of these, spread over copies
             active = max(1, min(held, rows, round(held * (1 - (1 - moe.top_k * share / held) ** everyone))))
             dims = dict(t=rows, d=d, n=moe.n, e=held, top_k=1, active=active)
+            self.pass_over("to expert order", rows * 2 * token_bytes(d))
+            self.op("expert SwiGLU", "swiglu_quantize", t=rows, n=moe.n)
+            self.pass_over("from expert order", rows * 2 * 2 * d)
         experts = self.model.experts
         if experts == "nvfp4":
             work = OPS["moe_experts_bf16"].work(**dims)
             params = dims["active"] * _params(mlp_linears(d, dims["n"]))
             self.add("routed experts", None, dims, "fp4", Work(work.flops, work.bytes - 2 * params + params * BYTES["nvfp4"]),
-                     "moe", "nvfp4", lookup)
+                     "moe", "nvfp4", lookup, variants)
         else:
             self.op("routed experts", "moe_experts" if experts == "fp8" else "moe_experts_bf16", dtype=experts, kind="moe",
-                    units="fp8_block" if experts == "fp8" else "bf16", lookup=lookup, **dims)
+                    units="fp8_block" if experts == "fp8" else "bf16", lookup=lookup, variants=variants, **dims)
         if moe.shared:
             self.mlp("shared", t, moe.shared * moe.n // shard.tp)
 

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from kernomics.cost import Unknown
+from kernomics.cost import Unknown, wrong
 from kernomics.cost.economics import chips_needed, dollars_per_mtoken, roofline_seconds, shared_seconds, tokens_per_second
-from kernomics.cost.measured import BOUND, MARKS, MEASURED, Measured, weakest
+from kernomics.cost.measured import BOUND, DERATED, MARKS, MEASURED, Measured, weakest
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,22 @@ def peak(chip, dtype):
 
 
 class Sources:
-    """Where seconds come from, best first: bench records, imported tables, the roofline."""
+    """Where seconds come from, best first: bench records, imported tables, the roofline.
 
-    def __init__(self, measured=None, tables=()):
+    ``call_latency`` seconds a call and ``bandwidth_share`` of the memory bandwidth derate the roofline; 0 and 1 bound it.
+    """
+
+    def __init__(self, measured=None, tables=(), call_latency=0.0, bandwidth_share=1.0):
+        if not 0 <= call_latency < 1:
+            raise wrong("call_latency", call_latency, "seconds, 0 to below 1")
+        if not 0 < bandwidth_share <= 1:
+            raise wrong("bandwidth_share", bandwidth_share, "above 0 to 1")
         self.measured, self.tables, self._known = measured or Measured([]), tuple(tables), {}
+        self.call_latency, self.bandwidth_share = call_latency, bandwidth_share
 
     def time(self, row, chip):
         _, known = self._known.setdefault(id(chip), (chip, {}))  # the chip is kept, so its id stays its own
-        key = row.kind, row.units, row.op, row.dtype, row.work, tuple(row.dims.items()), tuple(row.lookup.items())
+        key = row.kind, row.units, row.op, row.dtype, row.work, tuple(row.dims.items()), tuple(row.lookup.items()), row.variants
         found = known.get(key)
         if found is None:
             found = known[key] = self._time(row, chip)
@@ -63,17 +71,24 @@ class Sources:
             limit, why = None, str(error)
         if found:  # between two points, yet never faster than the roofline
             return Timed(row, max(found[0], limit or 0.0), found[1], source="bench records")
-        imported = self.imported(row.kind, row.units, row.lookup, chip)
+        imported = self.imported(row.kind, row.units, row.lookup, chip, row.variants)
         if imported:
             return Timed(row, max(imported.seconds, limit or 0.0), imported.mark, source=imported.source, sigma=imported.sigma)
-        return Timed(row, limit, BOUND, why, "" if why else "roofline")
+        if limit is None or not self.call_latency and self.bandwidth_share == 1:
+            return Timed(row, limit, BOUND, why, "" if why else "roofline")
+        seconds = self.call_latency + max(limit, row.work.bytes / (self.bandwidth_share * chip.need("bytes_per_s")))
+        return Timed(row, seconds, DERATED, "", f"roofline, {self.call_latency * 1e6:g} us a call, "
+                                                f"{100 * self.bandwidth_share:g} % of bandwidth")
 
-    def imported(self, kind, units, dims, chip):
-        """The best answer of the tables, or None."""
+    def imported(self, kind, units, dims, chip, variants=()):
+        """The best answer of the tables for the first variant they know, or None."""
         if not kind:
             return None
-        answers = [f for t in self.tables if (f := t.seconds(chip.key, kind, units, dims))]
-        return min(answers, key=lambda f: (MARKS.index(f.mark), f.sigma), default=None)
+        for variant in (*variants, None):
+            answers = [f for t in self.tables if (f := t.seconds(chip.key, kind, units, dims, variant))]
+            if answers:
+                return min(answers, key=lambda f: (MARKS.index(f.mark), f.sigma))
+        return None
 
 
 def time(row, chip, measured):

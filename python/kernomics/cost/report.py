@@ -10,7 +10,7 @@ from rich.text import Text
 
 from kernomics.cost import CostError, wrong
 from kernomics.cost import chips as chip_files
-from kernomics.cost.measured import BOUND, IMPORTED, INTERPOLATED, MEASURED, TRANSFERRED, Measured, read, weakest
+from kernomics.cost.measured import BOUND, DERATED, IMPORTED, INTERPOLATED, MEASURED, TRANSFERRED, Measured, read, weakest
 from kernomics.cost.model import NEGLECTED, PUBLISHED, Model
 from kernomics.cost.price import price
 
@@ -18,7 +18,7 @@ DEFAULT_CHIPS = ("h200", "h100", "b200", "mi300x", "tpu-v5p", "trainium2")
 PHASES = ("decode", "prefill")
 THIS = "this"
 SIGN = {MEASURED: ("●", "green"), INTERPOLATED: ("◐", "yellow"), IMPORTED: ("■", "cyan"), TRANSFERRED: ("□", "magenta"),
-        BOUND: ("○", "dim")}
+        DERATED: ("◌", "blue"), BOUND: ("○", "dim")}
 WIDTH = 100
 
 
@@ -35,9 +35,8 @@ def choose_chips(names, measured):
     chosen = {}
     for name in names:
         key = machine if name == THIS and machine else name
-        if key not in known:
-            raise wrong("chip", name, ", ".join([*sorted(known), THIS] if machine else sorted(known)))
-        chosen[key] = known[key]
+        chip = known[key] if key in known else chip_files.find(key, known)
+        chosen[chip.key] = chip
     return list(chosen.values())
 
 
@@ -82,7 +81,7 @@ def _three(x):
     return f"{x:.0f}" if x >= 99.95 else f"{x:.1f}" if x >= 9.995 else f"{x:.2f}"
 
 
-def _money(x):
+def money(x):
     return "-" if x is None else f"{x:,.0f}" if x >= 999.5 else f"{_three(x)}" if x >= 0.0995 else f"{x:.3g}"
 
 
@@ -174,13 +173,13 @@ def price_table(prices, decode):
     for p in prices:
         figure = p.chip.figures["dollars_per_hour"]
         source = {"estimate": " est.", "vendor": " list"}.get(figure.status, "") if p.dollars_per_hour == figure.value else ""
-        rent, speeds = _money(p.dollars_per_hour) + source, [p.tokens_per_s_per_user, p.tokens_per_s_per_chip][not decode:]
+        rent, speeds = money(p.dollars_per_hour) + source, [p.tokens_per_s_per_user, p.tokens_per_s_per_chip][not decode:]
         if p.seconds is None:
             known = ["unknown", *["unknown"] * len(speeds), rent, "-", Text("; ".join(p.unknown), style="red")]
         else:
             parts = ", ".join(f"{100 * s:.0f}% {m}" for m, s in p.share.items() if s >= 0.005)
             state = Text(p.mark if p.share[p.mark] > 0.995 else f"{p.mark}: {parts}", style=SIGN[p.mark][1])
-            known = [seconds_text(p.seconds), *map(si, speeds), rent, _money(p.dollars_per_mtoken), state]
+            known = [seconds_text(p.seconds), *map(si, speeds), rent, money(p.dollars_per_mtoken), state]
         table.add_row(_title(p.chip), str(p.chips or "?"), *known)
     return table
 

@@ -10,7 +10,7 @@ from math import ceil
 from kernomics.cost import CostError, Unknown, wrong
 from kernomics.cost import comm as links
 from kernomics.cost.measured import BOUND, MARKS, weakest
-from kernomics.cost.model import Moe, Shard
+from kernomics.cost.model import Moe, Shard, token_bytes
 
 MEMORY_SHARE = 0.9  # of a chip's memory that weights and cache may take: the default of vLLM's gpu_memory_utilization
 
@@ -170,7 +170,7 @@ def step(model, chip, sources, plan, *, decode, b, s, q=1, prefix=0, check=True)
     memory = check_memory(model, chip, plan, b, s if decode else prefix + s, t) if check else {}
     halves = plan.micro_batches if b >= plan.micro_batches else 1
     parts = [*_compute(model, chip, sources, plan, decode, ceil(b / halves), s, q, prefix)]
-    moves = [*_communication(model, chip, sources, plan, ceil(t / halves))]
+    moves = [*_communication(model, chip, sources, plan, ceil(t / halves), decode)]
     if decode and plan.drafts:
         parts += _drafting(model, parts, plan.drafts)
     compute, comm = (halves * sum(p.total for p in x) for x in (parts, moves))
@@ -194,7 +194,7 @@ def _compute(model, chip, sources, plan, decode, b, s, q, prefix):
         yield Part(row.layer, row.name, timed.seconds, row.count, timed.mark, timed.source, timed.sigma)
 
 
-def _communication(model, chip, sources, plan, t):
+def _communication(model, chip, sources, plan, t, decode):
     """All-reduces of a TP group, dispatch and combine of experts, and what passes from stage to stage."""
     wires = links.Links.of(chip, plan.alpha)
     d, layers = model.d, model.layers
@@ -206,17 +206,17 @@ def _communication(model, chip, sources, plan, t):
                     lambda: links.all_reduce_seconds(wires, size, plan.tp))
     if plan.ep > 1 and moe:
         top_k, own = model.moe.top_k, ceil(t / plan.tp)  # the tokens of a group are shared out among its chips
-        for name, size in (("dispatch", links.dispatch_bytes(d, plan.dispatch)), ("combine", links.dispatch_bytes(d, "bf16"))):
+        for name, size in (("dispatch", token_bytes(d, plan.dispatch)), ("combine", token_bytes(d, "bf16"))):
             up, out = links.exchange_bytes(own, size, top_k, plan.ep, wires.domain)
             dims = {"t": own, "d": d, "top_k": top_k, "e": model.moe.e, "ranks": plan.ep}
             yield _move(chip, sources, name, name, plan.dispatch if name == "dispatch" else "bf16", dims, moe,
-                        lambda up=up, out=out: wires.seconds(up, out))
+                        lambda up=up, out=out: wires.seconds(up, out), ("low_latency" if decode else "normal",))
     if plan.pp > 1:
         yield _move(chip, sources, "to the next stage", None, "bf16", {}, plan.pp - 1, lambda: wires.seconds(0.0, 2 * t * d))
 
 
-def _move(chip, sources, name, kind, units, dims, count, seconds):
-    found = sources.imported(kind, units, dims, chip)
+def _move(chip, sources, name, kind, units, dims, count, seconds, variants=()):
+    found = sources.imported(kind, units, dims, chip, variants)
     if found:
         return Part("communication", name, found.seconds, count, found.mark, found.source, found.sigma)
     try:
@@ -372,6 +372,7 @@ class Workload:
 class Service:
     """A workload served: chip-seconds a request by phase, and the pools' operating points."""
 
+    model: object
     workload: Workload
     decode: Point
     prefill: Point
@@ -425,7 +426,7 @@ def serve(model, chip, sources, workload, *, chips=None, base=Plan(), prefill_ba
                 speed = p.plan.tokens_per_step / (p.seconds + between)
         if not fill or speed < workload.speed:
             continue
-        found = Service(workload, p, fill, workload.fresh * fill.chip_seconds_per_token,
+        found = Service(model, workload, p, fill, workload.fresh * fill.chip_seconds_per_token,
                         workload.tokens_out * p.chip_seconds_per_token, speed, _first(fill, workload), disaggregated)
         if best is None or found.chip_seconds < best.chip_seconds:
             best = found
