@@ -109,6 +109,8 @@ def test_two_batches_hide_the_shorter_of_compute_and_communication():
     work = sum(p.total for p in halves.parts if p.layer != "communication")
     assert halves.seconds == pytest.approx(max(moves, work)) and halves.exposed == pytest.approx(max(moves - work, 0))
     assert work > sum(p.total for p in plain.parts if p.layer != "communication")  # weights are read twice
+    half = point(replace(plan, micro_batches=2, overlap=0.5), 64).step
+    assert half.seconds == pytest.approx(moves + work - 0.5 * min(moves, work))
     busy = point(replace(plan, micro_batches=2, comm_share=20 / 132), 64).step
     assert busy.seconds == pytest.approx(max(moves, work / (112 / 132)))
 
@@ -152,6 +154,7 @@ def test_missing_figures_are_named():
 
 
 @pytest.mark.parametrize("bad", [dict(pp=0), dict(drafts=-1), dict(acceptance=1.1), dict(micro_batches=3), dict(comm_share=1.0),
+                                 dict(overlap=1.5),
                                  dict(dispatch="int8"), dict(ep=6, tp=4), dict(tp=0), dict(memory_share=0.0),
                                  dict(imbalance=0.5)])
 def test_bad_plans(bad):

@@ -26,6 +26,7 @@ SCENARIO = {  # an option for each field of cost.scenario.Scenario, where its de
     "imbalance": (float, "Expert load of the busiest chip over the mean [1]."),
     "micro_batches": (int, "2: one half's communication beside the other's compute [1]."),
     "comm_share": (float, "Share of the compute units lost to communication, 0.15 for 20 of 132 SMs [0]."),
+    "overlap": (float, "Share of the hideable communication that two batches hide [1]."),
     "alpha": (float, "Seconds a message where no table knows [0]."),
     "step_overhead": (float, "Seconds a step of host and launch time [0]."),
     "call_latency": (float, "Seconds that a call nobody measured takes beyond its roofline [0: a bound]."),

@@ -642,7 +642,7 @@ class Rows:
         everyone = t * shard.ep / shard.tp if shard.ep > 1 else t  # tokens of the group; TP chips hold the same ones
         variants = (f"balanced_{phase}",)
         if shard.ep > 1:  # tokens as DeepEP delivers them
-            variants = (f"deepep_{phase}_power_law_1.01", f"deepep_{phase}_balanced", *variants)
+            variants = (f"deepep_{phase}_uniform", *variants)
         lookup = {"t": round(everyone * shard.imbalance), "d": d, "n": moe.n, "e": moe.e, "top_k": moe.top_k,
                   "tp": shard.tp if shard.ep == 1 else 1, "ep": shard.ep}
         if shard.ep == 1:

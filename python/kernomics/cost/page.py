@@ -118,7 +118,9 @@ def _fronts(scenario, sources, served):
                            mode="lines+markers", name=a.chip.key + (" (bound)" if dash == "dot" else ""), hovertext=words,
                            hoverinfo="text+x+y", line={"color": color, "dash": dash}, marker={"size": 6})
     if scenario.speed:
-        figure.add_vline(x=scenario.speed, line={"color": GREY, "dash": "dash"}, annotation_text="asked for")
+        heights = [y for trace in figure.data for y in trace.y]
+        figure.add_scatter(x=[scenario.speed] * 2, y=[min(heights), max(heights)], mode="lines", name="asked for",
+                           line={"color": GREY, "dash": "dash"}, hoverinfo="skip")
     figure.update_xaxes(type="log", title="tokens/s a user", dtick=1)
     figure.update_yaxes(type="log", title="tokens/s a chip", dtick=1)
     return figure

@@ -42,6 +42,7 @@ class Scenario(Checked):
     imbalance: float = Field(1.0, ge=1, description="busiest chip's expert load over the mean")
     micro_batches: Literal[1, 2] = Field(1, description="2: one half's communication beside the other's compute")
     comm_share: float = Field(0.0, ge=0, lt=1, description="share of the compute units lost to communication")
+    overlap: float = Field(1.0, ge=0, le=1, description="share of the hideable communication that two batches hide")
     alpha: float = Field(0.0, ge=0, lt=1, description="seconds a message where no table knows")
     step_overhead: float = Field(0.0, ge=0, description="seconds a step of host and launch time")
     call_latency: float = Field(0.0, ge=0, lt=1, description="seconds a call that nobody measured takes beyond its roofline")
@@ -65,7 +66,7 @@ class Scenario(Checked):
 
     def plan(self):
         return Plan(cache=self.cache, drafts=self.drafts, acceptance=self.acceptance, imbalance=self.imbalance,
-                    micro_batches=self.micro_batches, comm_share=self.comm_share, alpha=self.alpha,
+                    micro_batches=self.micro_batches, comm_share=self.comm_share, overlap=self.overlap, alpha=self.alpha,
                     step_overhead=self.step_overhead, memory_share=self.memory_share)
 
     def load_model(self):

@@ -19,7 +19,8 @@ MEMORY_SHARE = 0.9  # of a chip's memory that weights and cache may take: the de
 class Plan:
     """How chips share a model, and what is overlapped.
 
-    ``micro_batches`` = 2 runs one half's communication beside the other half's compute; ``comm_share`` of the compute
+    ``micro_batches`` = 2 runs one half's communication beside the other half's compute, and hides ``overlap`` of what can
+    be hidden; ``comm_share`` of the compute
     units are then lost to communication (20 of 132 SMs for DeepSeek's kernels on an H800, 0 for RDMA without them).
     ``drafts`` tokens are guessed by the MTP module and right with probability ``acceptance`` each, until the first miss.
     """
@@ -34,6 +35,7 @@ class Plan:
     acceptance: float = 0.85
     micro_batches: int = 1
     comm_share: float = 0.0
+    overlap: float = 1.0
     dispatch: str = "fp8"
     alpha: float = 0.0  # seconds a message, where no table knows
     step_overhead: float = 0.0  # seconds a step of host and launch time
@@ -43,7 +45,8 @@ class Plan:
         for name, ok, allowed in (
             ("pp", self.pp >= 1, "an integer of at least 1"), ("drafts", 0 <= self.drafts <= 16, "0 to 16"),
             ("acceptance", 0 <= self.acceptance <= 1, "0 to 1"), ("micro_batches", self.micro_batches in (1, 2), "1, 2"),
-            ("comm_share", 0 <= self.comm_share < 1, "0 to below 1"), ("dispatch", self.dispatch in ("fp8", "bf16"), "fp8, bf16"),
+            ("comm_share", 0 <= self.comm_share < 1, "0 to below 1"), ("overlap", 0 <= self.overlap <= 1, "0 to 1"),
+            ("dispatch", self.dispatch in ("fp8", "bf16"), "fp8, bf16"),
             ("alpha", 0 <= self.alpha < 1, "seconds, 0 to below 1"), ("step_overhead", self.step_overhead >= 0, "seconds"),
             ("memory_share", 0 < self.memory_share <= 1, "above 0 to 1"),
             ("ep", self.ep == 1 or self.ep % self.tp == 0, f"1 or a multiple of tp = {self.tp}"),
@@ -176,7 +179,8 @@ def step(model, chip, sources, plan, *, decode, b, s, q=1, prefix=0, check=True)
     compute, comm = (halves * sum(p.total for p in x) for x in (parts, moves))
     if halves == 2:
         compute /= 1 - plan.comm_share
-        seconds, exposed = max(compute, comm), max(comm - compute, 0.0)
+        hidden = plan.overlap * min(compute, comm)
+        seconds, exposed = compute + comm - hidden, comm - hidden
     else:
         seconds, exposed = compute + comm, comm
     every = tuple(replace(p, count=p.count * halves) for p in (*parts, *moves))
