@@ -108,8 +108,8 @@ def test_explain_command():
 
 @pytest.mark.parametrize("options, text", [
     (["--chip", "h300"], "chip is 'h300'"), (["--speed", "1e9"], "no plan gives"),
-    (["--tables", "nowhere.csv"], "nowhere.csv"),
-    (["--dollars-per-hour", "h200"], "chip=number"), (["--scenario", "none.toml"], "TOML file"), (["--format", "xml"], "json, csv"),
+    (["--tables", "nowhere.csv"], "nowhere.csv"), (["--dollars-per-hour", "h200"], "chip=number"),
+    (["--scenario", "none.toml"], "TOML file"), (["--format", "xml"], "json, csv"),
 ])
 def test_refusals_on_the_command_line(options, text):
     command = ["compare"] if "--format" in options else ["explain", "--chip", "h200"]
