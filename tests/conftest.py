@@ -1,6 +1,8 @@
 """What the generic tests share: every (op, case), its inputs and its definition's result, and the machine's ISAs."""
 
 import functools
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,11 @@ import pytest
 import kernomics
 from kernomics import OPS, _cpu, numpy_ops
 from kernomics.numerics import judge_default
+
+# InferSim's measurements, where they lie beside the checkout and KERNOMICS_INFERSIM names no other place.
+BESIDE = Path(__file__).resolve().parents[2] / "shared/data/infersim"
+if BESIDE.is_dir():
+    os.environ.setdefault("KERNOMICS_INFERSIM", str(BESIDE))
 
 LONG_FLOPS, LONG_BYTES = 1e9, 2e7  # larger cases run in `make test-long` and in the bench; over 1 GFLOP on sampled rows
 

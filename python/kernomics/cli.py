@@ -33,6 +33,7 @@ SCENARIO = {  # an option for each field of cost.scenario.Scenario, where its de
     "bandwidth_share": (float, "Share of the memory bandwidth that such calls reach [1: a bound]."),
     "memory_share": (float, "Share of a chip's memory for weights and cache [0.9]."),
     "dollars_per_hour": (list[str], "h200=2.5, repeatable. Default: the rental of chips.toml."),
+    "uncertain": (list[str], "Range of an input: bandwidth_share=0.7..0.9, dollars_per_hour=1.5..2..3; repeatable."),
     "utilisation": (float, "Share of the paid hours that serve [1]."),
     "records": (str, "Bench records: a .jsonl file or a folder. Default: the installed ones."),
     "tables": (list[str], "Imported measurements: aic, infersim:<folder>, or a .csv or .parquet file; repeatable."),
@@ -127,6 +128,109 @@ def report(scenario, out: str = typer.Option("out/report.html", help="Where to w
 
     sources, measured = scenario.sources()
     print(page.write(Path(out), page.page(scenario, sources, scenario.load_chips(measured))))
+
+
+@scenario_command
+def sensitivity(scenario, samples: int = typer.Option(1000, min=10, help="Draws."), seed: int = 0, format: str = FORMAT):
+    """How uncertain $/Mtoken is on the first chip, and which input moves it most: --uncertain gives the ranges."""
+    from kernomics.cost import CostError, console, uncertainty
+    from kernomics.cost import compare as answers
+
+    sources, measured = scenario.sources()
+    (answer,) = answers.compare(scenario, sources, scenario.load_chips(measured)[:1])
+    if answer.service is None:
+        raise CostError(answer.why)
+    inputs = answers.inputs_of(scenario, answer)
+    if not inputs:
+        raise CostError("nothing is uncertain: give ranges with --uncertain bandwidth_share=0.7..0.9")
+    price = answers.held(scenario, sources, answer)
+    with console.progress() as bar:
+        task = bar.add_task("draws", total=samples)
+        spread = uncertainty.monte_carlo(price, inputs, samples, seed, lambda done, n: bar.update(task, completed=done))
+    console.show_sensitivity(answer, spread, uncertainty.tornado(price, inputs), uncertainty.elasticities(price, inputs), format)
+
+
+@scenario_command
+def payback(
+    scenario,
+    before: str = typer.Argument(help="Bench records before: a .jsonl file or a folder."),
+    after: str = typer.Argument(help="And after."),
+    op: str = typer.Argument(help="The op that became faster."),
+    fleet: int = typer.Option(1000, min=1, help="Chips that serve the workload all year."),
+    engineering: float = typer.Option(0.0, min=0, help="$ that the improvement cost."),
+    format: str = FORMAT,
+):
+    """What a faster kernel is worth a year: two bench records, the op's share of the workload on the first chip, a fleet."""
+    from kernomics.cost import CostError, console, economics, measured
+    from kernomics.cost import compare as answers
+
+    gain = answers.speedup(measured.read(before), measured.read(after), op)
+    sources, records = scenario.sources()
+    (answer,) = answers.compare(scenario, sources, scenario.load_chips(records)[:1])
+    if answer.service is None or answer.dollars_per_hour is None:
+        raise CostError(answer.why or f"{answer.chip.key}: $/h is unknown")
+    share, year = answers.share_of(answer, op), fleet * economics.yearly_dollars(answer.dollars_per_hour)
+    saved, months = economics.kernel_payback(share, gain, year, engineering)
+    row = {"op": op, "chip": answer.chip.key, "speedup": gain, "share": share, "fleet_dollars_per_year": year,
+           "dollars_per_year": saved, "payback_months": months}
+    if format:
+        print(console.write(row, format))
+    else:
+        print(f"{op} is {gain:.3f} x as fast and takes {100 * share:.1f} % of the workload's chip time on {answer.chip.key}.\n"
+              f"{fleet:,} chips cost ${year:,.0f} a year: ${saved:,.0f} of it saved" +
+              (f", paid back in {months:.1f} months." if engineering and saved > 0 else "."))
+
+
+@app.command()
+def tco(
+    chip: str = typer.Argument(help="A chip of chips.toml, or a TOML file of your own."),
+    fields: list[str] = typer.Option([], "--set", help="A cost: server_dollars=25000, watts=1730, rate=0.1 ...; repeatable."),
+    format: str = FORMAT,
+):
+    """What an hour of a chip costs its owner, part by part, and what it must be sold at."""
+    from kernomics.cost import CostError, chips, console
+    from kernomics.cost import tco as costs
+
+    try:
+        console.show_tco(chips.find(chip).name, costs.from_chip(chips.find(chip), **console.numbers(fields)), format)
+    except CostError as error:
+        _refuse("tco", error)
+
+
+@app.command()
+def validate(
+    only: str = typer.Option(None, help="One target, as B5 or B7."),
+    infersim: str = typer.Option(None, envvar="KERNOMICS_INFERSIM", help="Folder of InferSim's bench_data."),
+    aic: str = typer.Option(None, envvar="KERNOMICS_AIC", help="Folder of aiconfigurator's tables. Default: as installed."),
+    samples: int = typer.Option(200, min=10, help="Draws from the inputs' ranges."),
+    format: str = FORMAT,
+):
+    """Published figures beside the model's: predicted, published, error, and what it stands on. Nothing is fitted."""
+    from kernomics.cost import CostError, console
+    from kernomics.cost import validate as targets
+
+    try:
+        with console.progress() as bar:
+            task = bar.add_task("", total=len(targets.TARGETS))
+            outcomes = targets.validate(targets.Env(infersim, aic), samples, only,
+                                        lambda t: bar.update(task, description=t.id, advance=1))
+        console.show_validate(outcomes, None if only else targets.OPEN, format)
+    except CostError as error:
+        _refuse("validate", error)
+    if any(o.verdict.startswith(("MISSED", "EXCEEDED")) for o in outcomes):
+        raise typer.Exit(1)
+
+
+@app.command()
+def claims(id: str = typer.Argument(None, help="One claim, as Q22."), format: str = FORMAT):
+    """Claims about chips and models, each computed by the model: the verdict, and the assumption that decides it."""
+    from kernomics.cost import CostError, console
+    from kernomics.cost import claims as entries
+
+    try:
+        console.show_claims(entries.evaluate(id), None if id else entries.CONTRADICTIONS, format)
+    except CostError as error:
+        _refuse("claims", error)
 
 
 @app.command()

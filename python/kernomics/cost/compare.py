@@ -1,8 +1,9 @@
 """Chips side by side on one workload, the trade of one chip, and where each microsecond and cent goes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import exp, fsum, log
 
-from kernomics.cost import CostError, serving
+from kernomics.cost import CostError, serving, wrong
 from kernomics.cost.economics import dollars_per_mtoken
 from kernomics.cost.measured import MARKS
 
@@ -82,6 +83,73 @@ def pareto(scenario, sources, chip):
     points = serving.decode_points(scenario.load_model(), chip, sources, scenario.workload().mean_context, chips=scenario.chips,
                                    base=scenario.plan())
     return serving.front(points)
+
+
+def held(scenario, sources, answer):
+    """f(**inputs) -> $/Mtok of all tokens, with the answer's plans kept and inputs changed.
+
+    An input is a field of the scenario, ``dollars_per_hour``, or a figure of the chip.
+    """
+    s, model, w = answer.service, answer.service.model, answer.service.workload
+
+    def price(**inputs):
+        figures = {n: v for n, v in inputs.items() if n in answer.chip.figures and n != "dollars_per_hour"}
+        chip = replace(answer.chip, figures=answer.chip.figures | {n: replace(answer.chip.figures[n], value=v)
+                                                                   for n, v in figures.items()})
+        fields = {n: v for n, v in inputs.items() if n not in answer.chip.figures}
+        asked = scenario.model_copy(update=fields)
+        plan = {n: getattr(asked, n) for n in PLAN}
+        calls = type(sources)(sources.measured, sources.tables, asked.call_latency, asked.bandwidth_share)
+        decode = serving.decode_point(model, chip, calls, replace(s.decode.plan, **plan), s.decode.b, w.mean_context)
+        fresh = max(1, round(w.tokens_in * (1 - asked.hit)))
+        fill = serving.prefill_point(model, chip, calls, replace(s.prefill.plan, **{**plan, "drafts": 0}),
+                                     int(s.prefill.step.tokens), fresh, w.tokens_in - fresh)
+        seconds = fresh * fill.chip_seconds_per_token + w.tokens_out * decode.chip_seconds_per_token
+        dollars = inputs.get("dollars_per_hour", answer.dollars_per_hour)
+        return dollars_per_mtoken(dollars / asked.utilisation, (w.tokens_in + w.tokens_out) / seconds)
+
+    return price
+
+
+def share_of(answer, op):
+    """Share of a request's chip time that calls of ``op`` take."""
+    s, seconds = answer.service, 0.0
+    for point, rows, total in ((s.decode, s.decode_rows(), s.decode_seconds), (s.prefill, s.prefill_rows(), s.prefill_seconds)):
+        names = {(r.layer, r.name) for r in rows if r.op == op}
+        parts = point.step.parts
+        seconds += total * sum(p.total for p in parts if (p.layer, p.name) in names) / sum(p.total for p in parts)
+    return seconds / s.chip_seconds
+
+
+def speedup(before, after, op):
+    """Geometric mean of old over new seconds of the calls of ``op`` that both records (lists) hold."""
+    from kernomics.cost.measured import Measured
+
+    old, new = ({key: s for (chip, name), calls in Measured(r).best.items() if name == op for key, (_, s) in calls.items()}
+                for r in (before, after))
+    both = old.keys() & new.keys()
+    if not both:
+        raise CostError(f"the records share no call of {op}")
+    return exp(fsum(log(old[k] / new[k]) for k in both) / len(both))
+
+
+PLAN = ("acceptance", "imbalance", "comm_share", "overlap", "alpha", "step_overhead", "memory_share", "drafts")
+
+
+def inputs_of(scenario, answer):
+    """name -> uncertainty.Input of the scenario's ranges; a CostError for a name that is no input."""
+    from kernomics.cost import uncertainty
+
+    floats = [n for n, f in type(scenario).model_fields.items() if f.annotation is float and n not in ("speed", "first")]
+    allowed = [*floats, *(n for n, f in answer.chip.figures.items() if f.value is not None)]
+    found = {}
+    for name, text in scenario.uncertain.items():
+        if name not in allowed:
+            raise wrong("uncertain: input", name, ", ".join(allowed))
+        found[name] = uncertainty.parse(text, name)
+    if answer.dollars_per_hour is None:
+        raise CostError(f"{answer.chip.key}: $/h is unknown; give it with --dollars-per-hour {answer.chip.key}=...")
+    return found
 
 
 @dataclass(frozen=True)

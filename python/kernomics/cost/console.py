@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from kernomics.cost import CostError
+from kernomics.cost import CostError, wrong
 from kernomics.cost import compare as answers
+from kernomics.cost import tco as costs
 from kernomics.cost.measured import MARKS
 from kernomics.cost.report import SIGN, WIDTH, money, seconds_text, si
 
@@ -158,6 +159,126 @@ def show_explain(answer, least=0.01):
     out.print(LEGEND, style="dim", highlight=False)
 
 
+# ---------------------------------------------------------------- what is uncertain
+
+
+def show_sensitivity(answer, spread, tornado, elasticities, form=None):
+    rows = [{"input": n, "at_p10": low, "at_p90": high, "elasticity": elasticities.get(n)} for n, low, high in tornado]
+    if form:
+        print(write({"chip": answer.chip.key, "p10": spread.p10, "p50": spread.p50, "p90": spread.p90, "inputs": rows}
+                    if form == "json" else rows, form))
+        return
+    out, table = console(), Table(box=None, padding=(0, 2, 0, 0))
+    out.print(f"[bold]{answer.chip.key}[/]: $/Mtok of all tokens {money(spread.p10)} (p10), [bold]{money(spread.p50)}[/] (p50), "
+              f"{money(spread.p90)} (p90), plans held", highlight=False)
+    for head in ("input alone", "$/Mtok at its p10", "at its p90", "1 % of it is"):
+        table.add_column(head, justify="left" if head == "input alone" else "right", no_wrap=True)
+    table.add_column("")
+    widest = max((abs(r["at_p90"] - r["at_p10"]) for r in rows), default=0) or 1
+    for r in rows:
+        bar = "█" * max(1, round(30 * abs(r["at_p90"] - r["at_p10"]) / widest))
+        slope = r["elasticity"]
+        table.add_row(r["input"], money(r["at_p10"]), money(r["at_p90"]), "-" if slope is None else f"{slope:+.2f} %",
+                      Text(bar, style="cyan"))
+    out.print(table)
+
+
+# ---------------------------------------------------------------- ownership
+
+
+def numbers(entries):
+    """{field: number} of ``field=number`` texts."""
+    found = {}
+    for entry in entries:
+        name, _, text = entry.partition("=")
+        try:
+            found[name] = float(text)
+        except ValueError:
+            raise wrong("set", entry, "field=number") from None
+    return found
+
+
+def show_tco(name, tco, form=None):
+    parts = costs.price_breakdown(tco)
+    if form:
+        print(write([{"part": n, "dollars_per_hour": v} for n, v in parts.items()], form))
+        return
+    out, table = console(), Table(box=None, padding=(0, 2, 0, 0))
+    out.print(f"[bold]{name}[/], $ per chip-hour", highlight=False)
+    table.add_column("part")
+    table.add_column("$/h", justify="right")
+    table.add_column("")
+    total = costs.price_per_hour(tco)
+    for n, v in parts.items():
+        if v:
+            table.add_row(n, f"{v:.4f}", Text("█" * round(40 * v / total), style="cyan"))
+    table.add_row(Text("price of an hour sold", style="bold"), Text(f"{total:.4f}", style="bold"))
+    out.print(table)
+    out.print(f"owned {costs.cost_per_hour(tco):.4f}, available {costs.cost_per_available_hour(tco):.4f}, "
+              f"used {costs.cost_per_used_hour(tco):.4f} $/h", style="dim", highlight=False)
+    assumed = [f"{n} {getattr(tco, n):g}" for n in type(tco).model_fields if n not in tco.model_fields_set]
+    out.print("assumed: " + ", ".join(assumed), style="dim", highlight=False)
+
+
+# ---------------------------------------------------------------- what is checked
+
+
+def show_validate(outcomes, open_figures=None, form=None):
+    if form:
+        print(write([{"id": o.target.id, "what": o.target.what, "predicted": o.predicted, "p10": o.low, "p90": o.high,
+                      "published": o.target.published, "unit": o.target.unit, "error": o.error, "verdict": o.verdict,
+                      "source": o.target.source, "tables": o.target.tables, "note": o.target.note, "why": o.why}
+                     for o in outcomes], form))
+        return
+    out = console()
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for head in ("target", "what", "predicted", "p10..p90", "published", "error", "verdict"):
+        table.add_column(head, justify="left" if head in ("target", "what", "verdict") else "right", no_wrap=head != "what")
+    for o in outcomes:
+        t = o.target
+        error = "" if o.error is None or t.kind == "limit" else f"{100 * o.error:+.1f}%"
+        spread = "" if o.low is None else f"{three(o.low)}..{three(o.high)}"
+        style = {"M": "red", "E": "red", "o": "yellow", "n": "dim"}.get(o.verdict[0], "green")
+        at_most = "<= " if t.kind == "limit" else ""
+        table.add_row(t.id, t.what, "-" if o.predicted is None else at_most + three(o.predicted), spread,
+                      f"{three(t.published)} {t.unit}", error, Text(o.why or o.verdict, style=style))
+    out.print(table)
+    inside = [o.inside for o in outcomes if o.inside is not None]
+    if inside:
+        out.print(f"{sum(inside)} of {len(inside)} predictions with ranges have the published figure between p10 and p90.",
+                  highlight=False)
+    for o in outcomes:
+        if o.target.note:
+            out.print(f"{o.target.id}: {o.target.note}", style="dim", highlight=False)
+    for id, why in (open_figures or {}).items():
+        out.print(f"{id}: not predicted: {why}", style="dim", highlight=False)
+
+
+def three(x):
+    """Three significant digits with the thousands marked."""
+    return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
+
+
+def show_claims(evaluations, contradictions=None, form=None):
+    from kernomics.cost import claims
+
+    rows = claims.table(evaluations)
+    if form:
+        print(write([dict(zip(("id", "claim", "result", "verdict", "decided by"), r)) for r in rows], form))
+        return
+    out, table = console(), Table(box=None, padding=(0, 1, 0, 0))
+    for head in ("id", "claim", "result", "verdict", "decided by"):
+        table.add_column(head, no_wrap=head in ("id", "verdict"))
+    styles = {"reproduced": "green", "holds only if": "yellow", "contradicted": "red", "not testable": "dim"}
+    for id, claim, result, verdict, decided in rows:
+        table.add_row(id, claim, result, Text(verdict, style=styles.get(verdict, "")), decided)
+    out.print(table)
+    if contradictions:
+        out.print("\nWhere the sources contradict themselves:", style="bold")
+        for c in contradictions:
+            out.print(f"{c.id}: {c.first} / {c.second}\n    {c.supports}", highlight=False)
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -167,6 +288,7 @@ def write(rows, form):
         return json.dumps(rows, indent=1)
     if form != "csv":
         raise CostError(f"format is {form!r}, allowed: json, csv")
+    rows = [rows] if isinstance(rows, dict) else rows
     flat = [{k: json.dumps(v) if isinstance(v, dict) else v for k, v in r.items()} for r in rows]
     names = list(dict.fromkeys(k for r in flat for k in r))
     text = io.StringIO()

@@ -191,7 +191,7 @@ def _rooflines(sources, served, chips):
     best = served[0]
     steps = (("decode", best.service.decode), ("prefill", best.service.prefill))
     for phase, point in steps:
-        model_rows = _rows_of(best, phase)
+        model_rows = best.service.decode_rows() if phase == "decode" else best.service.prefill_rows()
         times = {(p.layer, p.name): p.seconds for p in point.step.parts}
         kept = [r for r in model_rows if r.dtype and (r.layer, r.name) in times]
         figure.add_scatter(x=[r.work.flops / r.work.bytes for r in kept],
@@ -201,15 +201,6 @@ def _rooflines(sources, served, chips):
     figure.update_xaxes(type="log", title="FLOP per byte of memory traffic", dtick=1)
     figure.update_yaxes(type="log", title="FLOP/s", dtick=1)
     return figure
-
-
-def _rows_of(answer, phase):
-    """The rows behind an answer's operating point."""
-    s = answer.service
-    if phase == "decode":
-        return s.model.decode(s.decode.b, s.workload.mean_context, s.decode.plan.drafts + 1, s.decode.plan.shard)
-    tokens = int(s.prefill.step.tokens)
-    return s.model.prefill(tokens, s.prefill.b, s.workload.tokens_in - s.workload.fresh, s.prefill.plan.shard)
 
 
 def _tornado(found):

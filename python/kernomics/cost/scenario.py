@@ -49,6 +49,7 @@ class Scenario(Checked):
     bandwidth_share: float = Field(1.0, gt=0, le=1, description="of the memory bandwidth that such calls reach")
     memory_share: float = Field(MEMORY_SHARE, gt=0, le=1, description="of a chip's memory for weights and cache")
     dollars_per_hour: dict[str, float] = Field({}, description="$/h by chip; default: that of chips.toml")
+    uncertain: dict[str, str | dict] = Field({}, description="ranges of inputs: lo..hi, lo..mode..hi, or a distribution")
     utilisation: float = Field(1.0, gt=0, le=1, description="share of the paid hours that serve")
     records: str | None = Field(None, description="bench records: a .jsonl file or a folder")
     tables: list[str] = Field([], description="imported tables: aic, infersim:<folder>, or a .csv or .parquet file")
@@ -107,9 +108,14 @@ def open_tables(name, chips):
     return [tables.read(name)]
 
 
-def from_options(scenario=None, dollars_per_hour=(), **options):
-    """As ``load``, with $/h as ``h200=2.5`` texts."""
-    dollars = {}
+def from_options(scenario=None, dollars_per_hour=(), uncertain=(), **options):
+    """As ``load``, with $/h as ``h200=2.5`` texts and ranges as ``bandwidth_share=0.7..0.9``."""
+    dollars, ranges = {}, {}
+    for entry in uncertain or ():
+        name, sep, text = entry.partition("=")
+        if not sep:
+            raise wrong("uncertain", entry, "input=lo..hi or input=lo..mode..hi")
+        ranges[name] = text
     for entry in dollars_per_hour or ():
         chip, sep, number = entry.rpartition("=")
         try:
@@ -118,7 +124,7 @@ def from_options(scenario=None, dollars_per_hour=(), **options):
             sep = ""
         if not sep:
             raise wrong("dollars-per-hour", entry, "chip=number, in $/h")
-    return load(scenario, dollars_per_hour=dollars, **options)
+    return load(scenario, dollars_per_hour=dollars, uncertain=ranges, **options)
 
 
 def load(path=None, **options):

@@ -386,6 +386,15 @@ class Service:
     first: float  # seconds to the first token, without queueing
     disaggregated: bool
 
+    def decode_rows(self):
+        """The rows behind the decode point."""
+        return self.model.decode(self.decode.b, self.workload.mean_context, self.decode.plan.drafts + 1, self.decode.plan.shard)
+
+    def prefill_rows(self):
+        """The rows behind the prefill point."""
+        prefix = self.workload.tokens_in - self.workload.fresh
+        return self.model.prefill(int(self.prefill.step.tokens), self.prefill.b, prefix, self.prefill.plan.shard)
+
     @property
     def chip_seconds(self):
         return self.prefill_seconds + self.decode_seconds

@@ -20,7 +20,7 @@ INFERSIM = "github.com/alibaba/InferSim, README"
 DAY6 = "DeepSeek, open-infra-index, day 6"
 PROFILE = "DeepSeek, profile-data, README"
 LMSYS = "lmsys.org/blog/2025-05-05-large-scale-ep"
-IX = "SemiAnalysis InferenceX v2"
+IX, V3_REPORT = "SemiAnalysis InferenceX v2", "arXiv:2412.19437"
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,7 @@ def _revenue():
 
 # ---------------------------------------------------------------- targets
 
+CONTEXT = "131072..135168..139264"  # of 128k + 8k requests: first token, middle, last
 RANGES = {"call": CALL, "share": SHARE, "comm": "1.0..1.1..1.4"}  # DeepEP reaches 70 to 100 % of the links' peak
 
 TARGETS = (
@@ -196,9 +197,9 @@ TARGETS = (
     Target("B10 fp8", "decode, GB200, BF16 attention, FP8 experts", 9_087, "tok/s", "lmsys.org/blog/2025-09-25-gb200-part-2",
            lambda env: _limit(env, "gb200", 2050), kind="limit"),
     Target("B11 GB300", "requests of 128k + 8k a GPU at DEP8", 40, "requests", "lmsys.org, GB300 long context",
-           lambda env: _fits(env, "gb300", 132 * 1024, "fp8"), kind="limit"),
+           lambda env, s: _fits(env, "gb300", round(s), "fp8"), {"s": CONTEXT}, gate=0.1, kind="prediction"),
     Target("B11 GB200", "the same on GB200", 24, "requests", "lmsys.org, GB300 long context",
-           lambda env: _fits(env, "gb200", 132 * 1024, "fp8"), kind="limit"),
+           lambda env, s: _fits(env, "gb200", round(s), "fp8"), {"s": CONTEXT}, gate=0.1, kind="prediction"),
     Target("B12", "offline, GB300, 804 in / 4,043 out", 8_661, "tok/s", "MLPerf Inference v6.0",
            lambda env: _limit(env, "gb300", 804 + 2022, cache="fp8", experts="nvfp4"), kind="limit"),
     Target("B13", "offline, GB300, a year before", 5_833, "tok/s", "MLPerf Inference v5.1",
@@ -207,10 +208,11 @@ TARGETS = (
            lambda env: 100 * e.gross_margin(1.35, 0.226), gate=0.01),
     Target("B19 out", "gross margin on $5.40 out at cost $2.955", 45, "%", IX,
            lambda env: 100 * e.gross_margin(5.40, 2.955), gate=0.01),
-    Target("B24", "V3's training at $2 an H800-hour", 5.576e6, "$", "arXiv:2412.19437",
+    Target("B24", "V3's training at $2 an H800-hour", 5.576e6, "$", V3_REPORT,
            lambda env: e.training_dollars(2.788e6, 2.0), gate=1e-9),
-    Target("B24 MFU", "FLOP/s of its pre-training over the bf16 peak", 34.7, "%", "arXiv:2412.19437",
-           lambda env: 100 * e.training_flops(37e9, 14.8e12) / (2.664e6 * 3600) / env.chips["h800"].need("flops_bf16"), gate=0.01),
+    Target("B24 MFU", "FLOP/s of its pre-training over the bf16 peak", 34.7, "%", V3_REPORT,
+           lambda env: 100 * e.achieved_share(e.training_flops(37e9, 14.8e12), 2.664e6, env.chips["h800"].need("flops_bf16")),
+           gate=0.01),
     Target("B26 step", "Llama-3-70B int8, 8 TPU v5e, batch 32, 8k cached", 17e-3, "s", "jax-ml/scaling-book",
            lambda env: _book(env), gate=0.05),
     Target("B26", "its tokens/s", 1_882, "tok/s", "jax-ml/scaling-book", lambda env: 32 / _book(env), gate=0.05),
