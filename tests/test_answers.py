@@ -129,10 +129,11 @@ def test_a_chip_of_ones_own(tmp_path):
 def test_report_is_one_file(tmp_path):
     pytest.importorskip("plotly")
     out = tmp_path / "report.html"
-    result = RUN.invoke(app, ["report", "--chip", "h200", "--chip", "b200", "--speed", "30", "--out", str(out)])
+    result = RUN.invoke(app, ["report", "--chip", "h200", "--chip", "b200", "--speed", "30", "--out", str(out),
+                              "--uncertain", "imbalance=1..1.4", "--uncertain", "utilisation=0.5..0.9"])
     assert result.exit_code == 0, result.output
     text = out.read_text()
-    for title in ("Chips side by side", "Throughput against", "Where the money goes", "Rooflines", "figures"):
+    for title in ("Chips side by side", "Throughput against", "Where the money goes", "Rooflines", "hangs on", "figures"):
         assert title in text
     assert "<script src" not in text  # nothing is fetched
 

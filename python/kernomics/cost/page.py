@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 from plotly.io import to_html
 from plotly.offline import get_plotlyjs
 
-from kernomics.cost import CostError
+from kernomics.cost import CostError, uncertainty
 from kernomics.cost import compare as answers
 from kernomics.cost.console import LEGEND
 from kernomics.cost.measured import BOUND, DERATED, IMPORTED, INTERPOLATED, MEASURED, TRANSFERRED
@@ -28,11 +28,8 @@ a { color: #0b6e99 }
 """
 
 
-def page(scenario, sources, chips, tornado=None):
-    """The page's text: answers, Pareto fronts, costs by part, times by operator, rooflines, chips, and what is uncertain.
-
-    ``tornado``: (what, [(input, low, high)], middle) of ``uncertain.tornado``, or None.
-    """
+def page(scenario, sources, chips):
+    """The page's text: answers, Pareto fronts, costs by part, times by operator, rooflines, chips, and what is uncertain."""
     rows = answers.compare(scenario, sources, chips)
     served = [a for a in rows if a.service]
     if not served:
@@ -47,10 +44,11 @@ def page(scenario, sources, chips, tornado=None):
              _section("Where the time goes", _figure(_times(served)),
                       "Chip-seconds of a request by operator; the colour says how the time is known."),
              _section("Rooflines", _figure(_rooflines(sources, served, chips)),
-                      "Lines: FP8 peak and memory bandwidth of each chip. Points: calls measured here.")]
-    if tornado:
-        parts.append(_section("What the answer hangs on", _figure(_tornado(tornado)),
-                              "Each input alone from its p10 to its p90."))
+                      "Lines: FP8 peak and memory bandwidth of each chip. Diamonds: the model's products on the cheapest "
+                      "one. Dots: calls measured here.")]
+    if scenario.uncertain:
+        parts.append(_section(f"What the price of {served[0].chip.key} hangs on",
+                              _figure(_tornado(scenario, sources, served[0])), "Each input alone from its p10 to its p90."))
     parts.append(_section("The chips' figures", _chips(chips), "Status and source of each figure: hover."))
     parts.append(f'<p class="dim">{html.escape(LEGEND)}</p>')
     return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>kernomics: {html.escape(scenario.model)}</title>'
@@ -121,7 +119,7 @@ def _fronts(scenario, sources, served):
         heights = [y for trace in figure.data for y in trace.y]
         figure.add_scatter(x=[scenario.speed] * 2, y=[min(heights), max(heights)], mode="lines", name="asked for",
                            line={"color": GREY, "dash": "dash"}, hoverinfo="skip")
-    figure.update_xaxes(type="log", title="tokens/s a user", dtick=1)
+    figure.update_xaxes(type="log", title="tokens/s a user", dtick="D2")
     figure.update_yaxes(type="log", title="tokens/s a chip", dtick=1)
     return figure
 
@@ -203,8 +201,9 @@ def _rooflines(sources, served, chips):
     return figure
 
 
-def _tornado(found):
-    what, bars, middle = found
+def _tornado(scenario, sources, answer):
+    inputs, price = answers.inputs_of(scenario, answer), answers.held(scenario, sources, answer)
+    bars, middle = uncertainty.tornado(price, inputs), price(**{n: i.median for n, i in inputs.items()})
     figure = go.Figure()
     names = [b[0] for b in reversed(bars)]
     for label, at, color in (("input at its p10", 1, COLORS[0]), ("input at its p90", 2, COLORS[1])):
@@ -212,7 +211,7 @@ def _tornado(found):
                        marker={"color": color})
     figure.add_vline(x=middle, line={"color": INK})
     figure.update_layout(barmode="overlay", height=140 + 34 * len(bars))
-    figure.update_xaxes(title=what)
+    figure.update_xaxes(title="$/Mtok of all tokens")
     return figure
 
 
