@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kernomics.cost import CostError, tco, wrong
-from kernomics.cost.uncertainty import Input, elasticities, monte_carlo, parse, tornado
+from kernomics.cost.uncertainty import Input, elasticities, monte_carlo, parse, sample, tornado
 
 RANGES = {"a": "1..3", "b": "2..3..8", "c": 5, "d": {"dist": "lognormal", "median": 4, "sigma": 0.2}}
 VARIED = ["2..4", "0..1..3", "0..0..1", "0..1..1", {"dist": "normal", "mean": 1, "sd": 2},
@@ -57,7 +57,14 @@ def test_an_input_stays_as_it_is():
     assert parse(x) is x and x == Input("uniform", (1.0, 2.0)) and not x.fixed and parse(3).fixed
 
 
+@pytest.mark.parametrize("value", [np.float32(2), np.float64(2), np.int64(2), np.array(2.0), 2])
+def test_numbers_of_numpy_are_numbers(value):
+    assert parse(value) == Input("fixed", (2.0,))
+    assert monte_carlo(lambda x: value, {"x": "1..3"}, n=4)[:3] == (2, 2, 2)
+
+
 @pytest.mark.parametrize("value, told", [
+    (np.array([1.0]), "share is array"), (np.True_, "share is .*True"), (10**400, "share is 1000"), (2j, "share is 2j"),
     ("3..1", "share is '3..1', allowed: numbers that rise"), ("1..1", "share is '1..1', allowed: numbers that rise"),
     ("1..5..3", "share is '1..5..3', allowed: numbers that rise"), ("1..2..3..4", "allowed: a number, \"lo..hi\""),
     ("low..high", "share is 'low..high', allowed: a number, "), ("1..inf", "share is '1..inf'"), ("", "share is ''"),
@@ -86,6 +93,12 @@ def test_wrong_calls_are_told():
         monte_carlo(total, RANGES, seed=-1)
     with pytest.raises(CostError, match="b is 'x', allowed"):
         tornado(total, dict(RANGES, b="x"))
+    with pytest.raises(CostError, match="n is 0, allowed"):
+        sample(RANGES, 0)
+    with pytest.raises(CostError, match="not a finite number at x = 1, y = 2"):
+        monte_carlo(lambda x, y: np.where(np.arange(9) > 3, np.nan, x + y), {"x": 1, "y": 2}, n=9, vectorised=True)
+    with pytest.raises(CostError, match=r"the result's shape is \(3,\), allowed: \(\) or \(9,\)"):
+        monte_carlo(lambda x: np.ones(3), {"x": 2}, n=9, vectorised=True)
     with pytest.raises(CostError, match="not a finite number at x = 2"):
         monte_carlo(lambda x: float("inf"), {"x": 2})
 
@@ -95,6 +108,19 @@ def test_a_seed_repeats():
     assert first == monte_carlo(total, dict(reversed(RANGES.items())), n=200, seed=3)
     assert first != monte_carlo(total, RANGES, n=200, seed=4)
     assert len(first.samples) == 200 and first.p10 < first.p50 < first.p90
+
+
+def test_arrays_give_what_floats_give():
+    one = monte_carlo(total, RANGES, n=300, seed=3)
+    assert monte_carlo(total, RANGES, n=300, seed=3, vectorised=True) == one
+    assert monte_carlo(lambda **_: 4, RANGES, n=3, vectorised=True) == (4, 4, 4, (4, 4, 4))
+
+
+def test_samples_are_what_is_drawn():
+    drawn = sample(RANGES, 300, seed=3)
+    assert list(drawn) == list(RANGES) and {x.shape for x in drawn.values()} == {(300,)}
+    assert tuple(total(**drawn)) == monte_carlo(total, RANGES, n=300, seed=3).samples
+    assert (sample({"b": "2..3..8", "z": "0..1"}, 300, seed=3)["b"] == drawn["b"]).all()  # whatever else is drawn
 
 
 def test_spread_of_one_input_is_its_own():

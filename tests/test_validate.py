@@ -1,6 +1,7 @@
 """Published figures: the gates, what is fitted (nothing), and the commands that show them."""
 
 import json
+import math
 import os
 
 import pytest
@@ -50,6 +51,19 @@ def test_decode_lies_between_hiding_nothing_and_all_communication():
     inputs = {k: validate.centre(v) for k, v in target.inputs.items()}
     none, everything = (target.predict(ENV, **inputs | {"overlap": x}) for x in (0.0, 1.0))
     assert none < target.published < everything
+
+
+@needs("aic")
+def test_tables_of_two_frameworks_differ_as_stated():
+    from kernomics.cost import aic
+
+    shapes = [(m, n, k) for m in (64, 128, 256, 1024, 4096, 8192)
+              for n, k in ((2112, 7168), (24576, 1536), (7168, 16384), (4096, 7168), (7168, 2048))]
+    a, b = (aic.load("h100", framework=f) for f in ("sglang", "trtllm"))
+    ratios = [math.log(a.seconds("h100", "gemm", "fp8_block", d).seconds / b.seconds("h100", "gemm", "fp8_block", d).seconds)
+              for d in (dict(zip("mnk", s)) for s in shapes)]
+    rms = math.sqrt(sum(x * x for x in ratios) / len(ratios))
+    assert rms / math.sqrt(2) == pytest.approx(validate.KERNELS["sigma"], abs=0.02)
 
 
 def test_gates_are_those_asked_for():

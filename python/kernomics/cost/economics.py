@@ -48,9 +48,9 @@ def expected_active(t, e, top_k):
 # ---------------------------------------------------------------- capital
 
 
-def straight_line(dollars, years):
-    """$/year = $ / year: depreciation without the cost of money."""
-    return dollars / years
+def straight_line(dollars, years, residual=0.0):
+    """$/year = ($ - $ got back at the end) / year: depreciation without the cost of money."""
+    return (dollars - residual) / years
 
 
 def capital_recovery(rate, years):
@@ -58,9 +58,10 @@ def capital_recovery(rate, years):
     return rate / -expm1(-years * log1p(rate)) if rate else 1 / years
 
 
-def annuity(dollars, rate, years):
-    """$/year = $ * 1/year: level year-end payments that repay a cost at an interest rate."""
-    return dollars * capital_recovery(rate, years)
+def annuity(dollars, rate, years, residual=0.0):
+    """$/year = ($ - $ got back) * 1/year + r * $ got back: level year-end payments that repay a cost; r = 0: straight_line."""
+    lost = dollars - residual
+    return lost * capital_recovery(rate, years) + rate * residual if rate else straight_line(dollars, years, residual)
 
 
 def npv(rate, flows):
@@ -69,16 +70,23 @@ def npv(rate, flows):
 
 
 def irr(flows):
-    """The rate above -99 % and below 1000 % at which the flows are worth nothing today: npv(irr, flows) = 0."""
+    """The rate at which the flows are worth nothing today: npv(irr, flows) = 0; one change of sign makes it the only one."""
     low, high = -0.99, 10.0
-    if npv(low, flows) * npv(high, flows) >= 0:
-        raise wrong("flows", list(flows), "money spent before more or less money earned")
+    signs = [x > 0 for x in flows if x]
+    if sum(a != b for a, b in pairwise(signs)) != 1 or npv(low, flows) * npv(high, flows) >= 0:
+        raise wrong("flows", list(flows), "flows that change sign once, with a rate of return of -99 % to 1000 %")
     return brentq(npv, low, high, args=(flows,), xtol=1e-12)
 
 
 def payback_years(dollars, dollars_per_year):
     """year = $ / ($/year); infinite where nothing is earned."""
     return dollars / dollars_per_year if dollars_per_year > 0 else inf
+
+
+def flows_payback_years(flows):
+    """year until the sum of the flows is no longer below 0, each flow spread evenly over its year; infinite if it stays."""
+    sums = list(accumulate(flows))
+    return next((t + a / (a - b) for t, (a, b) in enumerate(pairwise(sums)) if b >= 0), inf) if sums[0] < 0 else 0.0
 
 
 def falling_rent(dollars_per_hour, decline, years):
@@ -90,6 +98,17 @@ def falling_rent_value(dollars_per_hour, decline, rate, years):
     """$ = $/h * 8760 h/year * integral of exp(-(d + r) t) dt over the years, r compounded continuously."""
     fall = decline + rate
     return dollars_per_hour * HOURS_PER_YEAR * (-expm1(-fall * years) / fall if fall else years)
+
+
+def rental_profit(dollars_per_hour, utilisation, cost_per_hour):
+    """$/year = ($/h * rented share - $/h) * 8760 h/year: rent less the cost of every hour owned."""
+    return (dollars_per_hour * utilisation - cost_per_hour) * HOURS_PER_YEAR
+
+
+def rental_flows(dollars, dollars_per_hour, utilisation, running_per_hour, years, decline=0.0):
+    """[$ ...]: -$ paid, then of each year (a whole number) the rent, falling all the time, less $/h * 8760 h of running it."""
+    earned = [falling_rent_value(dollars_per_hour * utilisation, decline, 0.0, t) for t in range(years + 1)]
+    return [-dollars] + [b - a - yearly_dollars(running_per_hour) for a, b in pairwise(earned)]
 
 
 def owned_dollars_per_hour(dollars, years, utilisation=1.0):
@@ -117,6 +136,11 @@ def nre_per_unit(dollars, units):
     return dollars / units
 
 
+def break_even_units(dollars, saved_per_unit):
+    """unit = $ / ($/unit): how many must be made before a design repays what it cost; infinite where nothing is saved."""
+    return dollars / saved_per_unit if saved_per_unit > 0 else inf
+
+
 # ---------------------------------------------------------------- margins and prices
 
 
@@ -128,6 +152,16 @@ def margin_over_cost(revenue, cost):
 def gross_margin(revenue, cost):
     """1 = ($ - $) / $: profit over revenue."""
     return (revenue - cost) / revenue
+
+
+def gross_of_over_cost(margin):
+    """1 = m / (1 + m): the gross margin of a margin over cost."""
+    return margin / (1 + margin)
+
+
+def over_cost_of_gross(margin):
+    """1 = m / (1 - m): the margin over cost of a gross margin."""
+    return margin / (1 - margin)
 
 
 def price_at_margin(cost, margin):
@@ -179,7 +213,39 @@ def tokens_bought(dollars, dollars_per_mtok):
 def allocate(cost, weights):
     """{name: $} = $ * weight / sum of weights: seconds of each part split a cost by time, $ sold of each by price."""
     total = sum(weights.values())
+    if min(weights.values(), default=0) < 0 or not 0 < total < inf:
+        raise wrong("weights", weights, "0 or more, one at least above 0")
     return {name: cost * w / total for name, w in weights.items()}
+
+
+def allocate_by_time(cost, seconds):
+    """{kind: $} = $ * s / sum of s: each kind of token pays for the chip time it takes."""
+    return allocate(cost, seconds)
+
+
+def allocate_by_price(cost, tokens, prices):
+    """{kind: $} = $ * (token * $/Mtoken) / sum of them: each kind pays by what it sells for, so all earn one margin."""
+    return allocate(cost, {kind: n * prices[kind] for kind, n in tokens.items()})
+
+
+def allocate_by_pool(cost, pools):
+    """{kind: $} = $ * (chip * $/(chip*h)) / sum of them: each kind pays for its pool; pools: {kind: (chips, $/h of one)}."""
+    return allocate(cost, {kind: chips * dollars for kind, (chips, dollars) in pools.items()})
+
+
+def mtoken_costs(costs, tokens):
+    """{kind: $/Mtoken} = $ / token * 1e6 token/Mtoken, of in, cached, out; kinds without tokens are left out."""
+    return {kind: dollars / tokens[kind] * 1e6 for kind, dollars in costs.items() if tokens[kind]}
+
+
+def sold_dollars(tokens, prices):
+    """$ = sum over kinds of token * $/Mtoken / 1e6 token/Mtoken"""
+    return sum(n * prices[kind] for kind, n in tokens.items()) / 1e6
+
+
+def blended_mtoken(tokens, prices):
+    """$/Mtoken = sold_dollars / sum of token * 1e6 token/Mtoken: the mean price of all kinds."""
+    return sold_dollars(tokens, prices) / sum(tokens.values()) * 1e6
 
 
 def spend_change(fall, elasticity):
@@ -349,6 +415,11 @@ def bandwidth_for(tokens_per_s, weight_bytes):
 def restore_dollars(size, bandwidth, chip_dollars_per_s, dollars_per_byte_s=0.0, seconds=0.0):
     """$ = byte / (byte/s) * $/s + byte * $/(byte*s) * s: a kept cache moved back, and its keep."""
     return size / bandwidth * chip_dollars_per_s + size * dollars_per_byte_s * seconds
+
+
+def break_even_hit_rate(kept, moved, prefill):
+    """1 = $ / ($ - $): share of kept caches that must be asked for again, for keeping and moving to cost less than prefill."""
+    return kept / (prefill - moved) if prefill > moved else inf
 
 
 def prefill_dollars(tokens, params, peak, share, chip_dollars_per_s):

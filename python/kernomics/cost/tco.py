@@ -5,11 +5,11 @@ from math import fsum
 from pydantic import Field, field_validator
 
 from kernomics.cost import Unknown
-from kernomics.cost.economics import HOURS_PER_YEAR, annuity, price_at_margin
+from kernomics.cost.economics import HOURS_PER_YEAR, annuity, price_at_margin, straight_line
 from kernomics.cost.fields import Checked, parse
 
 HOURS_PER_MONTH = HOURS_PER_YEAR / 12
-RATE_MIN = 1e-6  # below it 1 - (1 + rate)**-years is mostly rounding
+RATE_MIN = 1e-6  # a rate between 0 and this is taken for a slip
 CAPITAL = ("chip", "server", "network", "storage", "install")  # each a field <name>_dollars
 
 
@@ -59,11 +59,11 @@ def capital(tco):
 
 
 def interest_per_year(tco):
-    """$/year = annuity of what is not got back + rate * what is - straight line: the price of the money tied up."""
+    """$/year = annuity - straight line, both less what is got back: the price of the money tied up."""
     spent = capital(tco)
     left = tco.residual * fsum(v for name, v in spent.items() if name != "install")
-    lost = fsum(spent.values()) - left
-    return annuity(lost, tco.rate, tco.life_years) - lost / tco.life_years + tco.rate * left
+    dollars, life = fsum(spent.values()), tco.life_years
+    return annuity(dollars, tco.rate, life, left) - straight_line(dollars, life, left)
 
 
 def breakdown(tco):

@@ -3,6 +3,7 @@
 import zlib
 from dataclasses import dataclass
 from math import exp, inf, isfinite, log
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
@@ -76,8 +77,15 @@ class Input:
 
 
 def _number(value):
-    """The finite float of a number, else None."""
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value) else None
+    """The finite float of a number, NumPy's too, else None."""
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    try:
+        return float(value) if isfinite(value) else None
+    except OverflowError:  # an integer too large for a float
+        return None
 
 
 def parse(value, name="input"):
@@ -141,27 +149,53 @@ def _call(f, at):
     """f(**at) as a finite float; a CostError with the inputs where it is none."""
     found = _number(f(**at))
     if found is None:
-        raise CostError(f"the result is not a finite number at {', '.join(f'{k} = {v:g}' for k, v in at.items())}")
+        raise _not_finite(at)
     return found
 
 
-def monte_carlo(f, inputs, n=1000, seed=0, each=None):
-    """Spread of f over n draws of the inputs, independent of one another; ``each(done, n)`` is called after every draw.
+def _call_all(f, drawn, n):
+    """f(**drawn) as n finite floats; a CostError with the first draw where one is none."""
+    found = np.asarray(f(**drawn), np.float64)
+    if found.shape not in ((), (n,)):
+        raise wrong("the result's shape", found.shape, f"() or ({n},)")
+    found = np.broadcast_to(found, n)
+    bad = np.flatnonzero(~np.isfinite(found))
+    if bad.size:
+        raise _not_finite({name: values[bad[0]] for name, values in drawn.items()})
+    return found.tolist()
 
-    f takes the inputs as keyword floats. The same seed gives the same draws, whatever the order of the inputs, and an
-    input's draws stay when others come or go.
+
+def _not_finite(at):
+    return CostError(f"the result is not a finite number at {', '.join(f'{k} = {v:g}' for k, v in at.items())}")
+
+
+def sample(inputs, n, seed=0):
+    """name -> n draws of the input [n], independent of one another.
+
+    The same seed gives the same draws, whatever the order of the inputs, and an input's draws stay when others come or go.
     """
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise wrong("n", n, "a whole number of at least 1")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise wrong("seed", seed, "a whole number of at least 0")
-    drawn = {name: x.sample(np.random.default_rng([seed, zlib.crc32(name.encode())]), n).tolist()
-             for name, x in _inputs(inputs).items()}
-    samples = []
-    for i in range(n):
-        samples.append(_call(f, {name: values[i] for name, values in drawn.items()}))
-        if each:
-            each(i + 1, n)
+    return {name: x.sample(np.random.default_rng([seed, zlib.crc32(name.encode())]), n) for name, x in _inputs(inputs).items()}
+
+
+def monte_carlo(f, inputs, n=2000, seed=0, each=None, vectorised=False):
+    """Spread of f over the draws of ``sample(inputs, n, seed)``.
+
+    f takes the inputs as keyword floats and ``each(done, n)`` is called after every draw. ``vectorised``: f takes all draws
+    at once, as arrays [n], and gives [n], or one number for all; ``each`` is not called.
+    """
+    drawn = sample(inputs, n, seed)
+    if vectorised:
+        samples = _call_all(f, drawn, n)
+    else:
+        samples, drawn = [], {name: values.tolist() for name, values in drawn.items()}
+        for i in range(n):
+            samples.append(_call(f, {name: values[i] for name, values in drawn.items()}))
+            if each:
+                each(i + 1, n)
     return Spread(*map(float, np.quantile(samples, (0.1, 0.5, 0.9))), tuple(samples))
 
 
