@@ -187,7 +187,7 @@ def price_table(prices, decode):
 def _notes(chips, measured, prices):
     yield "● measured  ◐ interpolated between two measured points  ○ bound: the roofline, which the chip cannot beat"
     yield "chips: the fewest that hold weights and KV cache. They share the step without communication, so it is a bound."
-    yield "Experts are drawn uniformly. Not counted: " + ", ".join(NEGLECTED) + "."
+    yield "Experts are drawn uniformly. Not counted: " + ", ".join((*NEGLECTED, "communication", "the MTP module")) + "."
     machine = next((c for c in chips if c.key.startswith("cpu-")), None)
     if machine:
         priced = any(p.dollars_per_hour is not None for p in prices if p.chip is machine)
@@ -274,7 +274,7 @@ def main(model="deepseek-v3", chip=(), dollars_per_hour=(), batch=(1,), context=
     for note in _notes(chips, measured, [p for ps in prices for p in ps]):
         console.print(note, highlight=False, style="dim")
     if picture:
-        console.print(f"roofline: {picture}", highlight=False)
+        console.print(f"roofline: {picture}", highlight=False, markup=False)
 
 
 def as_dict(model, steps, prices):
