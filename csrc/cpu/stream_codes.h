@@ -1,7 +1,7 @@
 // fp8_gemm of one or two rows with AVX-512 VBMI and BF16: both sides stay codes, which are exact in bf16. A code's two
 // bytes come from tables held in registers (vpermi2b), vdpbf16ps multiplies and adds in f32, and scales enter once per
 // 128 values. NaN codes are NaN in the table, so nothing is redone. Against f32 products of codes decoded through f16:
-// fewer instructions a byte, n=2112 k=7168 from about 72 to 83 % of read bandwidth, n=7168 k=2048 from 74 to 78 %
+// fewer instructions a byte, n=2112 k=7168 from 72 to 80 % of read bandwidth, n=7168 k=2048 from 74 to 77 %
 // (Sapphire Rapids, 2 threads). vdpbf16ps runs at half the rate of f32 FMAs there: more rows are better off without.
 #pragma once
 #include "gemm.h"

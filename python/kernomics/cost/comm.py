@@ -10,6 +10,7 @@ from math import ceil
 import numpy as np
 
 from kernomics.cost import Unknown
+from kernomics.cost.economics import expected_active
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Links:
 
 
 def expected_distinct(places, draws):
-    """Mean number of different places that ``draws`` uniform draws reach: p * (1 - (1 - 1/p)**draws)."""
-    return places * (1 - (1 - 1 / places) ** draws)
+    """Mean number of different places that ``draws`` uniform draws reach."""
+    return expected_active(draws, places, 1)
 
 
 def exchange_bytes(t, token_bytes, top_k, ranks, domain):

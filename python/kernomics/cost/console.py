@@ -14,6 +14,7 @@ from rich.tree import Tree
 from kernomics.cost import CostError, wrong
 from kernomics.cost import compare as answers
 from kernomics.cost import tco as costs
+from kernomics.cost.economics import dollars_per_mtoken
 from kernomics.cost.measured import MARKS
 from kernomics.cost.report import SIGN, WIDTH, money, seconds_text, si
 
@@ -101,7 +102,7 @@ def show_compare(scenario, rows):
 
 
 def point_dict(chip, dollars, p):
-    price = dollars and dollars / 3600 / p.tokens_per_s_per_chip * 1e6
+    price = dollars and dollars_per_mtoken(dollars, p.tokens_per_s_per_chip)
     return {"chip": chip.key, "plan": p.plan.text(), "sequences_per_group": p.b,
             "tokens_per_s_per_user": p.tokens_per_s_per_user, "tokens_per_s_per_chip": p.tokens_per_s_per_chip,
             "step_s": p.seconds, "dollars_per_mtoken_out": price, "mark": p.mark}

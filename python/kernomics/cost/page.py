@@ -9,6 +9,7 @@ from plotly.offline import get_plotlyjs
 from kernomics.cost import CostError, uncertainty
 from kernomics.cost import compare as answers
 from kernomics.cost.console import LEGEND
+from kernomics.cost.economics import dollars_per_mtoken
 from kernomics.cost.measured import BOUND, DERATED, IMPORTED, INTERPOLATED, MEASURED, TRANSFERRED
 from kernomics.cost.report import money, seconds_text, si
 
@@ -107,7 +108,7 @@ def _fronts(scenario, sources, served):
     figure = go.Figure()
     for i, a in enumerate(served):
         points = answers.pareto(scenario, sources, a.chip)
-        dollars = [a.dollars_per_hour and a.dollars_per_hour / 3600 / p.tokens_per_s_per_chip * 1e6 for p in points]
+        dollars = [a.dollars_per_hour and dollars_per_mtoken(a.dollars_per_hour, p.tokens_per_s_per_chip) for p in points]
         words = [f"{p.plan.text()}<br>{p.b} sequences a group<br>step {seconds_text(p.seconds)}<br>${money(d)}/Mtok out<br>"
                  f"{p.mark}" for p, d in zip(points, dollars)]
         dash = "dot" if all(p.mark == BOUND for p in points) else "solid"

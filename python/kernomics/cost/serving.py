@@ -9,6 +9,7 @@ from math import ceil
 
 from kernomics.cost import CostError, Unknown, wrong
 from kernomics.cost import comm as links
+from kernomics.cost.economics import tokens_per_step
 from kernomics.cost.measured import BOUND, MARKS, weakest
 from kernomics.cost.model import Moe, Shard, token_bytes
 
@@ -71,9 +72,8 @@ class Plan:
 
     @property
     def tokens_per_step(self):
-        """Mean tokens that a sequence gains in a step: (1 - p**(k+1)) / (1 - p)."""
-        p, k = self.acceptance, self.drafts
-        return k + 1.0 if p == 1 else (1 - p ** (k + 1)) / (1 - p)
+        """Mean tokens that a sequence gains in a step."""
+        return tokens_per_step(self.acceptance, self.drafts)
 
     def text(self):
         parts = [f"{self.chips} chips"] if self.chips > 1 else ["1 chip"]
