@@ -34,6 +34,13 @@ def test_vector_code(isa, register, absent):
     assert len(re.findall(broadcasts, gemm)) > 20
 
 
+def test_one_row_multiplies_codes():
+    """fp8_gemm of one or two rows: codes to bf16 by byte tables, bf16 products summed in f32."""
+    code = text("avx512", "fp8_gemm")
+    assert len(re.findall(r"vperm[it]2b .*%zmm", code)) > 16 and len(re.findall(r"vdpbf16ps .*%zmm", code)) > 16
+    assert not re.search(r"vdpbf16ps", text("avx512", "mla_decode")), "only where the CPU was asked for it"
+
+
 def test_base_runs_anywhere():
     for path in KERNELS:
         if "_base.dir" in str(path):

@@ -26,8 +26,8 @@ import numpy as np
 
 from kernomics.cost import CostError, wrong
 from kernomics.cost.interpolate import NOISE, UNJUDGED, Surface
+from kernomics.cost.measured import IMPORTED, TRANSFERRED
 
-IMPORTED, TRANSFERRED = "imported", "transferred"
 BITS = {  # dtype -> bits of a weight (or cached value), of an activation
     "bf16": (16, 16), "fp16": (16, 16), "fp8": (8, 8), "fp8_block": (8, 8), "int8": (8, 8), "mxfp8": (8, 8),
     "nvfp4": (4, 4), "mxfp4": (4, 4), "int4": (4, 16), "int4_wo": (4, 16), "int8_wo": (8, 16), "w4afp8": (4, 8),

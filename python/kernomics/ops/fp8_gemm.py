@@ -40,6 +40,7 @@ def gemm_workspace(m, k):
         Case(m=9, n=300, k=640),  # smallest m of the panel path
         Case(m=290, n=233, k=777),  # crosses every row, column and depth tile
         Case(m=2, n=7, k=33),
+        Case(m=2, n=300, k=840),  # two rows as codes: more rows than a turn reads, a last block that is cut
     ],
     rows="m",
     judge=_judge,
