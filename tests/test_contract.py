@@ -1,5 +1,6 @@
 """The contract language: grammar, binding, messages, work; and what a call may cost."""
 
+import os
 import sys
 import timeit
 
@@ -123,12 +124,25 @@ def untraced():
     sys.settrace(trace)
 
 
+def on_each_core(measure):
+    """The least of ``measure()`` over the machine's cores: on a shared machine one may run at half the speed of another."""
+    cores = os.sched_getaffinity(0)
+    try:
+        found = []
+        for core in cores:
+            os.sched_setaffinity(0, {core})
+            found.append(measure())
+        return min(found)
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
 def test_binding_is_cheap(untraced):
     """A bind costs at most 4 us; the best of many, as the machine is shared."""
     op = kx.OPS["fp8_gemm"]
     inputs, _ = numpy_ops.sample(op, Case(m=1, n=16, k=32))
     args = list(inputs.values())
-    best = min(timeit.repeat(lambda: op.bind(*args, "bf16"), number=2000, repeat=20)) / 2000
+    best = on_each_core(lambda: min(timeit.repeat(lambda: op.bind(*args, "bf16"), number=1000, repeat=20)) / 1000)
     assert best < 4e-6, f"{best * 1e6:.1f} us"
 
 
@@ -143,8 +157,12 @@ def test_torch_call_is_cheap(untraced):
     op = kx.OPS["fp8_gemm"]
     inputs, _ = numpy_ops.sample(op, Case(m=1, n=16, k=32))
     args, x = [from_numpy(v) for v in inputs.values()], torch.randn(16)
-    rounds = [[timeit.timeit(f, number=500) / 500 for f in (lambda: torch.ops.kernomics.fp8_gemm(*args), lambda: torch.add(x, 1))]
-              for _ in range(40)]
+
+    def measure():
+        rounds = [[timeit.timeit(f, number=300) / 300 for f in (lambda: torch.ops.kernomics.fp8_gemm(*args), lambda: torch.add(x, 1))]
+                  for _ in range(40)]
+        return min(r[0] for r in rounds) - min(r[1] for r in rounds)
+
+    over = on_each_core(measure)
     torch.set_num_threads(threads)
-    over = min(r[0] for r in rounds) - min(r[1] for r in rounds)
     assert over < 10e-6, f"{over * 1e6:.1f} us over torch.add"

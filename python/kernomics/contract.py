@@ -400,8 +400,9 @@ class Op:
         codes = ", ".join(f"c{i}" for i in range(len(names))) + ("," if names else "")
         sizes = "".join(f"s{i}, " for i in range(len(names)))
         body = "\n  ".join([*normalize, *lines])
+        self.steps, self.checks = [*normalize, *lines], " and ".join(checks) or "True"  # torch_ops writes them into its calls
         bind = (
-            f"def bind({params}):\n try:\n  {body}\n  if {' and '.join(checks) or True}:\n"
+            f"def bind({params}):\n try:\n  {body}\n  if {self.checks}:\n"
             f"   return {{{dims}}}, ({codes}), ({''.join(normal[s] + ', ' for s in scalars)}), ({sizes})\n"
             f" except (AttributeError, KeyError, ValueError, TypeError, IndexError):\n  pass\n"
             f" explain({params})\n"
@@ -409,17 +410,21 @@ class Op:
         shapes = []
         for spec in self.outs:
             alt = spec.alternatives[0]
-            words = [("*d['lead']" if w.kind == "lead" else re.sub(r"\b([a-z_]\w*)\b", r"d['\1']", w.code)) for w in alt.dims]
+            words = ["*D_lead" if w.kind == "lead" else source_of(w) for w in alt.dims]
             strides = ["*".join(f"({w} or 1)" for w in words[i + 1:]) or "1" for i in range(len(words))]
             strides = f"({', '.join(strides)},)" if words and not alt.has_lead else "()" if not words else "None"
             if alt.dtypes[0] == "like":
-                code = f"c[{names.index(alt.dtypes[1])}]"
+                code = f"c{names.index(alt.dtypes[1])}"
             elif alt.dtypes[0] == "keyword":
-                code = f"NAMES.index(s[{scalars.index(alt.dtypes[1])}])"
+                code = f"NAMES.index({alt.dtypes[1]})"
             else:
                 code = str(NAMES.index(alt.dtypes[0]))
-            shapes.append(f"(({', '.join(words)}{',' if words else ''}), {strides}, {code})")
-        shapes = f"def shapes(d, c, s):\n return ({''.join(x + ', ' for x in shapes)})\n"
+            shapes.append((f"({', '.join(words)}{',' if words else ''})", strides, code))
+        self.out_sources = shapes
+        shapes = "".join(f"({', '.join(x)}), " for x in shapes)
+        named = re.compile(r"\bD_(\w+)|\bc(\d+)|NAMES\.index\((\w+)\)")
+        shapes = "def shapes(d, c, s):\n return (" + named.sub(
+            lambda m: f"d['{m[1]}']" if m[1] else f"c[{m[2]}]" if m[2] else f"NAMES.index(s[{scalars.index(m[3])}])", shapes) + ")\n"
 
         def declare(p):
             return p.name if p.default is p.empty else f"{p.name}={p.default!r}"
