@@ -18,8 +18,11 @@ import importlib
 import inspect
 import re
 import typing
+import warnings
 from dataclasses import dataclass
 from math import prod
+
+from kernomics import chip
 
 NAMES = ("f32", "bf16", "fp8", "u8", "i32", "i64")  # position = dtype code, as in csrc/tensor.h
 ITEMSIZE = {"f32": 4, "bf16": 2, "fp8": 1, "u8": 1, "i32": 4, "i64": 8}
@@ -168,9 +171,10 @@ class Case(dict):
 
 @dataclass
 class Kernel:
-    """``target`` is ``module:function``; ``on`` a device or chip family; ``where(**dims)`` its limits.
+    """``target`` is ``module:function``; ``on`` is "cpu", "gpu" or a GPU's family ("sm90"); ``where(**dims)`` its limits.
 
-    ``workspace(dims, chip)`` gives the bytes of its one uint8 workspace, from shapes alone.
+    ``workspace(dims, chip)`` gives the bytes of its one uint8 workspace, from shapes alone; by default the function of
+    that name in the target's module, if there is one.
     """
 
     name: str
@@ -182,12 +186,14 @@ class Kernel:
 
     def load(self):
         module, _, name = self.target.partition(":")
-        self.function = getattr(importlib.import_module(module), name)
+        module = importlib.import_module(module)
+        self.function = getattr(module, name)
+        self.workspace = self.workspace or getattr(module, "workspace", None)
         return self.function
 
     def refusal(self, device, dims):
-        """Why this kernel does not take the call, or None if it does."""
-        if self.on != device:
+        """Why this kernel does not take the call on "cpu" or a GPU's family, or None if it does."""
+        if self.on != device and (self.on != "gpu" or device == "cpu"):
             return f"runs on {self.on}, the tensors are on {device}"
         if self.where is not None and not _call(self.where, dims):
             return "its `where` excludes these dims"
@@ -422,9 +428,9 @@ class Op:
             shapes.append((f"({', '.join(words)}{',' if words else ''})", strides, code))
         self.out_sources = shapes
         shapes = "".join(f"({', '.join(x)}), " for x in shapes)
-        named = re.compile(r"\bD_(\w+)|\bc(\d+)|NAMES\.index\((\w+)\)")
-        shapes = "def shapes(d, c, s):\n return (" + named.sub(
-            lambda m: f"d['{m[1]}']" if m[1] else f"c[{m[2]}]" if m[2] else f"NAMES.index(s[{scalars.index(m[3])}])", shapes) + ")\n"
+        shapes = re.sub(r"\bD_(\w+)", r"d['\1']", re.sub(r"\bc(\d+)\b", r"c[\1]", shapes))
+        shapes = re.sub(r"index\((\w+)\)", lambda m: f"index(s[{scalars.index(m[1])}])", shapes)
+        shapes = f"def shapes(d, c, s):\n return ({shapes})\n"
 
         def declare(p):
             return p.name if p.default is p.empty else f"{p.name}={p.default!r}"
@@ -496,11 +502,18 @@ class Op:
         raise self.error("the call", "inconsistent", "the contract " + ", ".join(f"{n}: {s}" for n, s in self.tensors.items()))
 
     def choose(self, device, dims, backend=None):
-        """The kernel that takes this call; raises NoKernel with every refusal."""
-        reasons = []
-        for k in self.kernels:
+        """The kernel that takes this call on "cpu" or a GPU's family; raises NoKernel with every refusal.
+
+        On a GPU those come first that a record proves there; another one warns once.
+        """
+        reasons, proved = [], None if device == "cpu" else chip.proved(device)
+        kernels = self.kernels if proved is None else sorted(self.kernels, key=lambda k: (self.name, k.name) not in proved)
+        for k in kernels:
             why = k.refusal(device, dims) if backend in (None, k.name) else f"backend={backend!r} was asked for"
             if why is None:
+                if proved is not None and (self.name, k.name) not in proved and backend is None:
+                    warnings.warn(f"{self.name}: kernel {k.name!r} is unproved on {device}: no record shows its results right",
+                                  stacklevel=4)  # once: Python shows a warning of one place and text once
                 return k
             reasons.append(f"{k.name}: {why}")
         reasons.append('reference: runs only when asked for by name (backend="reference")')

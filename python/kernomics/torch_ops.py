@@ -5,18 +5,20 @@ is the fake plus a launch over raw addresses.
 """
 
 import functools
+import os
 import threading
 
 import numpy as np
 import torch
 
-from kernomics import contract, numpy_ops
+from kernomics import chip, contract, numpy_ops
 from kernomics.contract import OPS, Dtypes
 from kernomics.numerics import BF16, FP8
 
 _BY_CODE = [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.uint8, torch.int32, torch.int64]
 contract.CODES.update({dtype: code for code, dtype in enumerate(_BY_CODE)})
 _NAMED = dict(zip(contract.NAMES, _BY_CODE))
+CHECK = os.environ.get("KERNOMICS_CHECK") == "1"  # look at index data on GPUs too, which waits for them
 _library = torch.library.Library("kernomics", "DEF")
 _empty, _empty_strided, _threads = torch.empty, torch.empty_strided, torch.get_num_threads
 
@@ -51,10 +53,10 @@ def _checks(op, tensors, dims, scalars, data):
     values = {**dims, **dict(zip((s.name for s in op.scalars), scalars))}
     if op.check is not None:
         contract._call(op.check, {"error": op.error, **values})
-    if data and op.check_data is not None and tensors[0].device.type == "cpu":
+    if data and op.check_data is not None:
         named = contract._parameters(op.check_data)
         values["error"] = op.error
-        values.update((n, x if x is None else to_numpy(x)) for n, x in zip(op.tensors, tensors) if n in named)
+        values.update((n, x if x is None else to_numpy(x.cpu())) for n, x in zip(op.tensors, tensors) if n in named)
         contract._call(op.check_data, values)
 
 
@@ -64,19 +66,20 @@ def _refuse_grad(op, tensors):
             raise op.error(name, "a tensor that requires grad", "no grad: this op has no backward yet (use torch.no_grad())")
 
 
-def _run(op, tensors, scalars, backend, device):
+def _refuse_layout(op, tensors):
+    for name, x in zip(op.tensors, tensors):
+        if name in op.contiguous and not x.is_contiguous():
+            raise op.error(name, f"strided {tuple(x.stride())}", "contiguous")
+
+
+def _run(op, tensors, scalars, backend):
+    """A call on CPU tensors: bind, check, choose a kernel, allocate, launch over raw addresses."""
     dims, codes, scalars, sizes = op.bind(*tensors, *scalars)
-    if op.check is not None or op.check_data is not None:
-        _checks(op, tensors, dims, scalars, True)
-    if op.contiguous:
-        for name, x in zip(op.tensors, tensors):
-            if name in op.contiguous and not x.is_contiguous():
-                raise op.error(name, f"strided {tuple(x.stride())}", "contiguous")
+    _checks(op, tensors, dims, scalars, True)
+    _refuse_layout(op, tensors)
     if backend == "reference":
-        arrays = [x if x is None else to_numpy(x.cpu()) for x in tensors]
-        result = numpy_ops.define(op, arrays, scalars, dims, codes)
-        return None if result is None else from_numpy(result) if len(op.outs) == 1 else tuple(map(from_numpy, result))
-    kernel = op.choose(device, dims, backend)
+        return _reference(op, tensors, scalars, dims, codes)
+    kernel = op.choose("cpu", dims, backend)
     views, outs, keep = [], [], []
     for x, code, size in zip(tensors, codes, sizes):
         if code < 0:
@@ -95,8 +98,46 @@ def _run(op, tensors, scalars, backend, device):
     else:
         space = _workspace(kernel.workspace(dims, None))
         views.append((space.data_ptr(), 3, space.shape))
-    (kernel.function or kernel.load())(*views, *numpy_ops.scalar_codes(op, scalars), _threads())
+    kernel.function(*views, *numpy_ops.scalar_codes(op, scalars), _threads())
     return outs[0] if len(outs) == 1 else tuple(outs) if outs else None
+
+
+def _run_gpu(op, tensors, scalars, backend):
+    """A call on GPU tensors: as ``_run``, with outputs and workspace from torch's caching allocator, on its stream.
+
+    A Triton kernel takes the tensors themselves: inputs, outputs, workspace (or None), scalars.
+    """
+    dims, codes, scalars, _ = op.bind(*tensors, *scalars)
+    _checks(op, tensors, dims, scalars, CHECK)
+    _refuse_layout(op, tensors)
+    device = tensors[0].device
+    for name, x in zip(op.tensors, tensors):
+        if x is not None and x.device != device:
+            raise op.error(name, f"on {x.device}", f"on {device}, as {next(iter(op.tensors))} is")
+    if backend == "reference":
+        return _reference(op, tensors, scalars, dims, codes)
+    gpu = chip.current(device.index)
+    kernel = op.choose(gpu.family, dims, backend)
+    with torch.cuda.device(device):
+        given = [x if x is None else x.contiguous() for x in tensors]
+        outs = [_empty(shape, dtype=_BY_CODE[code], device=device) for shape, _, code in op.shapes(dims, codes, scalars)]
+        size = kernel.workspace(dims, gpu) if kernel.workspace else 0
+        space = _empty(size, dtype=torch.uint8, device=device) if size else None
+        kernel.function(*given, *outs, space, *scalars)
+    return outs[0] if len(outs) == 1 else tuple(outs) if outs else None
+
+
+def _reference(op, tensors, scalars, dims, codes):
+    arrays = [x if x is None else to_numpy(x.cpu()) for x in tensors]
+    result = numpy_ops.define(op, arrays, scalars, dims, codes)
+    if result is None:  # the op has changed an argument: on the CPU in place
+        for x, y in zip(tensors, arrays):
+            if x is not None and x.device.type != "cpu":
+                x.copy_(from_numpy(y))
+        return None
+    device = tensors[0].device
+    outs = tuple(from_numpy(x).to(device) for x in (result if isinstance(result, tuple) else (result,)))
+    return outs[0] if len(outs) == 1 else outs
 
 
 _small = threading.local()
@@ -239,9 +280,9 @@ def _make(op):
     head, passed_on = f"{', '.join(declare)}, backend=None", f"op, ({tensors}), ({values}), backend"
     source = (
         f"def cpu({head}):\n{unset}{refuse}"
-        + (f" if backend is not None: return run({passed_on}, 'cpu')\n {_straight(op, native[0])}" if straight
-           else f" return run({passed_on}, 'cpu')\n") +
-        f"def cuda({head}):\n{unset}{refuse} return run({passed_on}, 'cuda')\n"
+        + (f" if backend is not None: return run({passed_on})\n {_straight(op, native[0])}" if straight
+           else f" return run({passed_on})\n") +
+        f"def cuda({head}):\n{unset}{refuse} return run_gpu({passed_on})\n"
         f"def fake({head}):\n{unset}{refuse} return fake_run({passed_on})\n"
         f"def call({tensors}{values}backend):\n try:\n  {normal or 'pass'}\n"
         f"  return overload({tensors}{', '.join([*passed, 'backend=backend'])})\n"
@@ -253,9 +294,10 @@ def _make(op):
         scope["kernel"](*args)
 
     scope = {
-        "op": op, "run": _run, "fake_run": _fake, "checks": _checks, "again": functools.partial(_again, op),
+        "op": op, "run": _run, "run_gpu": _run_gpu, "fake_run": _fake, "checks": _checks, "again": functools.partial(_again, op),
         "grad_enabled": torch.is_grad_enabled, "refuse_grad": _refuse_grad,
-        "explain": op.explain, "CODES": contract.CODES, "NAMES": contract.NAMES, "empty": _empty_strided, "workspace": _workspace, "threads": _threads,
+        "explain": op.explain, "CODES": contract.CODES, "NAMES": contract.NAMES, "empty": _empty_strided,
+        "workspace": _workspace, "threads": _threads,
         "kernel": load,
         "space_of": native[0].workspace if straight else None,
         "ABSENT": numpy_ops.ABSENT, "CHOICE": op.choices, "DTYPE": _BY_CODE, "NAMED": _NAMED, "INF": float("inf"),

@@ -33,7 +33,10 @@ def _check(error, block, floor):
     check=_check,
     judge=lambda got, want, inputs: (
         judge_equal(got[0], want[0], "unequal codes") | judge_equal(got[1], want[1], "unequal scales")),
-    kernels=[Kernel("cpu", "kernomics._cpu:fp8_quantize")],
+    kernels=[
+        Kernel("triton", "kernomics.triton_kernels.fp8_quantize:launch", on="gpu"),
+        Kernel("cpu", "kernomics._cpu:fp8_quantize"),
+    ],
 )
 def fp8_quantize(x: (BF16 | F32)["m k"], *, block: tuple = (1, 128), scale: Literal["f32", "pow2"] = "f32",
                  floor: float = 1e-4) -> (FP8["m k"], F32["m/block0 k/block1"]):

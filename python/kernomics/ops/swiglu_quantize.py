@@ -46,7 +46,10 @@ def _judge(got, want, inputs):
     ],
     rows="t",
     judge=_judge,
-    kernels=[Kernel("cpu", "kernomics._cpu:swiglu_quantize")],
+    kernels=[
+        Kernel("triton", "kernomics.triton_kernels.swiglu_quantize:launch", on="gpu"),
+        Kernel("cpu", "kernomics._cpu:swiglu_quantize"),
+    ],
 )
 def swiglu_quantize(x: BF16["t 2*n"], *, scale: Literal["f32", "pow2"] = "f32") -> (FP8["t n"], F32["t n/128"]):
     """``fp8_quantize(bf16(silu(gate) * up))`` with ``gate, up`` the halves of each row.

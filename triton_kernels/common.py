@@ -1,0 +1,76 @@
+"""What the Triton kernels share: the launch, the chip of a tensor, and e4m3 from and to bytes."""
+
+import triton
+import triton.language as tl
+
+from kernomics import chip
+
+ASSUMED = None  # family that stands for the tensors' own chip where there is no GPU: the interpreter, ahead-of-time compiles
+COLLECT = None  # a list takes launches in place of the GPU: (kernel, grid, arguments, options)
+
+
+def chip_of(x):
+    """The chip that tensor ``x`` lies on."""
+    return chip.FAMILIES[ASSUMED] if ASSUMED else chip.current(x.device.index)
+
+
+def run(kernel, grid, *args, **options):
+    """Launch ``kernel`` over ``grid``; an empty grid is no launch."""
+    if 0 in grid:
+        return
+    options.setdefault("enable_fp_fusion", True)  # Triton's default until 3.10
+    if COLLECT is not None:
+        COLLECT.append((kernel, grid, args, options))
+    else:
+        kernel[grid](*args, **options)
+
+
+def raw(x):
+    """An FP8 tensor as bytes: every chip can hold those."""
+    import torch
+
+    return x.view(torch.uint8)
+
+
+def codes(x, native):
+    """An FP8 operand of a matrix product as the chip takes it: e4m3 where ``native``, else bytes for ``e4m3_decode``."""
+    return x if native else raw(x)
+
+
+@triton.jit
+def e4m3_decode(b):
+    """e4m3 bytes as f16, exactly ``value / 256``: sign, exponent and mantissa move to their places, and f16 has eight
+    more in the bias; a code of NaN is NaN."""
+    b = b.to(tl.uint16)
+    x = ((b & 0x80) << 8 | (b & 0x7F) << 7)
+    return tl.where((b & 0x7F) == 0x7F, 0x7E00, x).to(tl.uint16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def e4m3_encode(x, native: tl.constexpr):
+    """f32 as e4m3 bytes: to nearest even, saturating at 448; NaN and Inf become 0x7f."""
+    size = tl.abs(x)
+    finite = size < float("inf")
+    if native:
+        out = tl.clamp(tl.where(finite, x, 0.0), -448.0, 448.0).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    else:
+        sign = (x.to(tl.uint32, bitcast=True) >> 24) & 0x80
+        size = tl.where(finite, tl.minimum(size, 448.0), 0.0)
+        bits = size.to(tl.uint32, bitcast=True)
+        normal = (bits + 0x7FFFF + ((bits >> 20) & 1) >> 20) - (120 << 3)  # rounds at bit 20; the bias falls from 127 to 7
+        small = (size + 16384.0).to(tl.uint32, bitcast=True) & 0xF  # the last bit of 2**14 counts 2**-9
+        out = (tl.where(size < 0.015625, small, normal) | sign).to(tl.uint8)
+    return tl.where(finite, out, 0x7F).to(tl.uint8)
+
+
+@triton.jit
+def block_scale(amax, floor, pow2: tl.constexpr):
+    """``max(amax, floor) / 448``, for ``pow2`` the next power of two; 1 where that is 0 (see ``fp8_quantize``)."""
+    scale = tl.div_rn(tl.maximum(amax, floor), 448.0)
+    if pow2:
+        bits = scale.to(tl.uint32, bitcast=True)
+        whole = bits.to(tl.float32).to(tl.uint32, bitcast=True)  # a subnormal counts steps of 2**-149: its bits as a number
+        small = ((whole + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True).to(tl.uint32)
+        bits = tl.where(bits < 0x800000, small, (bits + 0x7FFFFF) & 0x7F800000)
+        scale = bits.to(tl.float32, bitcast=True)
+    return tl.where(scale == 0.0, 1.0, scale)

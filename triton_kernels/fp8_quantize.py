@@ -1,0 +1,43 @@
+"""``fp8_quantize``: one program takes a tile of whole blocks, reads it once and writes codes and scales."""
+
+import triton
+import triton.language as tl
+from kernomics.triton_kernels.common import block_scale, chip_of, e4m3_encode, raw, run
+
+
+def tile(dims, chip):
+    """Blocks (rows, columns) of a program and its warps. Unmeasured: 16 bytes a thread and load, 4 loads in flight."""
+    b0, b1 = dims["block0"], dims["block1"]
+    if b0 == 1:  # 1024 elements for few rows, so that one token fills the chip; 4096 otherwise
+        return (1, 8, 4) if dims["m"] * dims["k"] < chip.units * 8192 else (16, 2, 4)
+    return (1, 1, 8) if b1 == 128 else (1, 32, 8)
+
+
+@triton.jit
+def kernel(x, codes, scales, m, k, floor, B0: tl.constexpr, B1: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+           POW2: tl.constexpr, NATIVE: tl.constexpr):
+    columns = tl.cdiv(tl.cdiv(k, B1), COLS)
+    pid = tl.program_id(0)
+    i, j = (pid // columns).to(tl.int64), pid % columns
+    row = i * (ROWS * B0) + tl.arange(0, ROWS * B0)
+    col = j * (COLS * B1) + tl.arange(0, COLS * B1)
+    at = row[:, None] * k + col[None, :]
+    inside = (row < m)[:, None] & (col < k)[None, :]
+    v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    size = tl.abs(v)
+    size = tl.where(size < float("inf"), size, 0.0)  # NaN and Inf do not count
+    amax = tl.max(tl.max(tl.reshape(size, (ROWS, B0, COLS, B1)), axis=3), axis=1)
+    scale = block_scale(amax, floor, POW2)
+    each = tl.reshape(tl.broadcast_to(scale[:, None, :, None], (ROWS, B0, COLS, B1)), (ROWS * B0, COLS * B1))
+    tl.store(codes + at, e4m3_encode(tl.div_rn(v, each), NATIVE), mask=inside)
+    row, col = i * ROWS + tl.arange(0, ROWS), j * COLS + tl.arange(0, COLS)
+    inside = (row < tl.cdiv(m, B0))[:, None] & (col < tl.cdiv(k, B1))[None, :]
+    tl.store(scales + row[:, None] * tl.cdiv(k, B1) + col[None, :], scale, mask=inside)
+
+
+def launch(x, codes, scales, workspace, block, scale, floor):
+    (m, k), (b0, b1), chip = x.shape, block, chip_of(x)
+    rows, cols, warps = tile({"m": m, "k": k, "block0": b0, "block1": b1}, chip)
+    grid = (triton.cdiv(m, rows * b0) * triton.cdiv(k, cols * b1),)
+    run(kernel, grid, x, raw(codes), scales, m, k, floor, B0=b0, B1=b1, ROWS=rows, COLS=cols, POW2=scale == "pow2",
+        NATIVE=chip.e4m3, num_warps=warps)

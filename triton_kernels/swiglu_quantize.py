@@ -1,0 +1,46 @@
+"""``swiglu_quantize``: one program takes some blocks of 128 columns of some rows, gate and up together."""
+
+import triton
+import triton.language as tl
+from kernomics.triton_kernels.common import block_scale, chip_of, e4m3_encode, raw, run
+
+FLOOR = 1e-4  # of fp8_quantize
+
+
+def tile(dims, chip):
+    """Rows and blocks of 128 columns of a program, and its warps. Unmeasured: as fp8_quantize, two loads a value."""
+    return (1, 4, 4) if dims["t"] * dims["n"] < chip.units * 4096 else (8, 2, 4)
+
+
+@triton.jit
+def swiglu(gate, up):
+    """``silu(gate) * up`` of f32 values, rounded to bf16 and back."""
+    return (tl.div_rn(gate, 1.0 + tl.exp(-gate)) * up).to(tl.bfloat16).to(tl.float32)
+
+
+@triton.jit
+def kernel(x, codes, scales, t, n, floor, ROWS: tl.constexpr, COLS: tl.constexpr, POW2: tl.constexpr, NATIVE: tl.constexpr):
+    columns = tl.cdiv(tl.cdiv(n, 128), COLS)
+    pid = tl.program_id(0)
+    i, j = (pid // columns).to(tl.int64), pid % columns
+    row, col = i * ROWS + tl.arange(0, ROWS), j * (COLS * 128) + tl.arange(0, COLS * 128)
+    inside = (row < t)[:, None] & (col < n)[None, :]
+    gate = tl.load(x + row[:, None] * (2 * n) + col[None, :], mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(x + row[:, None] * (2 * n) + n + col[None, :], mask=inside, other=0.0).to(tl.float32)
+    v = swiglu(gate, up)
+    size = tl.abs(v)
+    size = tl.where(size < float("inf"), size, 0.0)  # NaN and Inf do not count
+    scale = block_scale(tl.max(tl.reshape(size, (ROWS, COLS, 128)), axis=2), floor, POW2)
+    each = tl.reshape(tl.broadcast_to(scale[:, :, None], (ROWS, COLS, 128)), (ROWS, COLS * 128))
+    tl.store(codes + row[:, None] * n + col[None, :], e4m3_encode(tl.div_rn(v, each), NATIVE), mask=inside)
+    col = j * COLS + tl.arange(0, COLS)
+    inside = (row < t)[:, None] & (col < tl.cdiv(n, 128))[None, :]
+    tl.store(scales + row[:, None] * tl.cdiv(n, 128) + col[None, :], scale, mask=inside)
+
+
+def launch(x, codes, scales, workspace, scale):
+    (t, n), chip = codes.shape, chip_of(x)
+    rows, cols, warps = tile({"t": t, "n": n}, chip)
+    grid = (triton.cdiv(t, rows) * triton.cdiv(n, cols * 128),)
+    run(kernel, grid, x, raw(codes), scales, t, n, FLOOR, ROWS=rows, COLS=cols, POW2=scale == "pow2", NATIVE=chip.e4m3,
+        num_warps=warps)
