@@ -1,6 +1,7 @@
 # make run     how fast this machine runs DeepSeek-V3's core, and what tokens would cost here and on other chips
 # make test    every op against its NumPy definition, laws, bad input, native kernels under sanitizers
 # make test-long   the large cases too       make bench   all bench rows      make lint   ruff
+# make gpu     all GPU kernels: values, then times, with the machine's own Python; DRY=1 compiles and lists them without one
 # Each sets up all it needs: a virtual environment, torch, the native build.
 
 VENV ?= .venv
@@ -8,10 +9,12 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 # $$ per hour of this machine: an assumption, give your own
 DOLLARS ?= this=0.10
+# where make gpu writes <chip>.jsonl
+RESULTS ?= bench/results
 SOURCES = CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 NATIVE = $(SOURCES) $(shell find tests/native -type f)
 
-.PHONY: run test test-long bench lint build native
+.PHONY: run test test-long bench lint build native gpu triton-table
 .DELETE_ON_ERROR:
 
 run: build
@@ -24,11 +27,28 @@ bench: build
 
 test: build lint native
 	$(BIN)/python -m pytest --cov=python/kernomics --cov-report=term:skip-covered
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton.py
 	for kind in asan tsan; do $(BIN)/ctest --test-dir build/$$kind --output-on-failure || exit 1; done
 
 # The definition's float64 arrays of 100s of MB are cheaper from a heap that is kept than from fresh pages.
 test-long: build
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=30000000000 $(BIN)/python -m pytest --long -m long
+
+# Without the network, and without a change to the Python that runs it.
+gpu:
+ifdef DRY
+	$(MAKE) build
+	$(BIN)/python -m pytest tests/test_triton_compile.py
+	$(BIN)/kernomics bench --gpu --dry
+else
+	$(PYTHON) -m pip install -q --no-index --no-build-isolation --no-deps --upgrade --target build/gpu .
+	PYTHONPATH=build/gpu $(PYTHON) -m pytest -p no:cacheprovider tests/test_triton.py
+	PYTHONPATH=build/gpu $(PYTHON) -m kernomics bench --gpu --results $(RESULTS)
+endif
+
+# docs/triton_kernels.md: registers, shared memory and matrix instructions of each kernel on each chip
+triton-table: build
+	$(BIN)/python tests/ahead_of_time.py
 
 lint: build
 	$(BIN)/ruff check python bench tests triton_kernels
@@ -40,7 +60,7 @@ native: build/asan/.built build/tsan/.built
 $(VENV)/.ready: Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -U pip
-	$(BIN)/python -m pip install -q torch==2.13.0 numpy ml_dtypes typer rich pydantic scipy matplotlib plotly pyarrow pytest pytest-cov hypothesis ruff pybind11 \
+	$(BIN)/python -m pip install -q torch==2.13.0 triton==3.9.0 numpy ml_dtypes typer rich pydantic scipy matplotlib plotly pyarrow pytest pytest-cov hypothesis ruff pybind11 \
 	    "scikit-build-core>=0.11" "nanobind>=2.4" ninja "cmake>=3.26"
 	-$(BIN)/python -m pip install -q --no-deps aiconfigurator-core==0.12.0  # kernel tables alone; tests skip without them
 	touch $@

@@ -1,75 +1,21 @@
-"""Compiles launches of Triton kernels for a chip that is not there, and reads what the compiler made of them.
-
-The launches are those that a call would do: ``launch`` runs on tensors without memory and its kernels are collected.
-"""
+"""What the compiler makes of the Triton kernels for chips that are not there, and the committed table of it."""
 
 import functools
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
-import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
+from kernomics.bench import gpu
+from kernomics.triton_kernels import warmup
+from rich.progress import track
 
-from kernomics import chip, contract, numpy_ops
-from kernomics.numerics import DTYPES
-from kernomics.torch_ops import _BY_CODE
-from kernomics.triton_kernels import common
+from kernomics import OPS, chip
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 MATRIX = r"\b(HGMMA|QGMMA|HMMA|QMMA|UTCHMMA|UTCQMMA|OMMA)\b"
-
-
-def target(family):
-    return GPUTarget("hip", family, 64) if family.startswith("gfx") else GPUTarget("cuda", int(family[2:]), 32)
-
-
-class NoGPU:
-    """What Triton asks of a driver in order to compile; each chip counts as a device of its own."""
-
-    def __init__(self, family):
-        self.target, self.device = target(family), list(chip.FAMILIES).index(family)
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self):
-        return self.device
-
-    def get_current_stream(self, device):
-        return 0
-
-
-def launches(op, kernel, case, family):
-    """The kernels that a call of this case launches on a chip of ``family``: [(kernel, arguments, options)]."""
-    meta = {code: dtype for code, dtype in enumerate(_BY_CODE)}
-    layout, values = op.layout(case), op.values(case)
-    tensors = [None if x is None else torch.empty(x[1], dtype=meta[contract.NAMES.index(x[0])], device="meta")
-               for x in layout.values()]
-    dims, codes, scalars, _ = op.bind(*tensors, *(values[s.name] for s in op.scalars))
-    outs = [torch.empty(shape, dtype=meta[code], device="meta") for shape, _, code in op.shapes(dims, codes, scalars)]
-    kernel.load()
-    size = kernel.workspace(dims, chip.FAMILIES[family]) if kernel.workspace else 0
-    space = torch.empty(size, dtype=torch.uint8, device="meta") if size else None
-    common.ASSUMED, common.COLLECT = family, []
-    try:
-        kernel.function(*tensors, *outs, space, *scalars)
-        return [(fn, args, options) for fn, _, args, options in common.COLLECT]
-    finally:
-        common.ASSUMED = common.COLLECT = None
-
-
-def compiled(launch, family):
-    """The compiled kernel of a launch."""
-    fn, args, options = launch
-    driver.set_active(NoGPU(family))
-    try:
-        return fn.warmup(*args, grid=(1,), **options)
-    finally:
-        driver.set_active(None)
 
 
 def report(kernel):
@@ -93,32 +39,55 @@ def report(kernel):
                     "tma": "UTMALDG" in sass}
 
 
-def _kind(x):
-    """What of an argument the compiler specializes on."""
-    if isinstance(x, torch.Tensor):
-        return str(x.dtype)
-    if isinstance(x, int) and not isinstance(x, bool):
-        return "1" if x == 1 else f"{'i64' if x > 2**31 - 1 else 'i32'}{':16' * (x % 16 == 0)}"
-    return f"{x.base.dtype}{x.block_shape}" if hasattr(x, "block_shape") else "None" if x is None else type(x).__name__
+# ---------------------------------------------------------------- the committed table
 
 
-def distinct(op, kernel, family, cases=None):
-    """The different kernels that the op's bench cases launch on a chip: {(name, options as text, kinds): launch}."""
+TABLE = Path(__file__).resolve().parents[1] / "docs/triton_kernels.md"
+CHIPS = ("sm80", "sm90", "sm100", "sm120", "gfx942", "gfx950")
+COLUMNS = ("op", "chip", "kernel", "tile", "registers", "shared", "matrix")
+HEAD = f"""# What the compiler makes of the Triton kernels
+
+One line for each kernel that the bench cases launch (Triton {triton.__version__}, no GPU): registers a thread, bytes of
+shared memory, matrix instructions. None spills. `make triton-table` writes this file, `make test-long` compares it.
+
+"""
+
+
+def resources(op, kernel, family):
+    """A row for each distinct kernel of the op on a chip; rows that print alike count once."""
     found = {}
-    for case in cases or [c for c in op.cases if c.bench]:
-        for fn, args, options in launches(op, kernel, case, family):
-            words = " ".join(f"{n}={v}" for n, v in options.items() if n != "enable_fp_fusion")
-            found.setdefault((fn.__name__, words, tuple(map(_kind, args))), (fn, args, options))
-    return found
+    cases = [*(c for c in op.cases if c.bench), *gpu.CASES.get(op.name, ())]
+    for (name, words, _), launch in warmup.distinct(op, kernel, cases, chip.FAMILIES[family]).items():
+        k = warmup.compiled(launch, chip.FAMILIES[family])
+        row = {"op": op.name, "chip": family, "kernel": name, "tile": words, "dots": "tt.dot" in k.asm["ttir"], **report(k)}
+        found[line(row)] = row
+    return [found[text] for text in sorted(found)]
 
 
-if __name__ == "__main__":  # python tests/ahead_of_time.py OP [FAMILY ...]: what the compiler makes of the bench cases' kernels
-    import sys
+def line(row):
+    """The row in the table."""
+    values = row | {"matrix": " ".join(row["matrix"])}
+    return "| " + " | ".join(str(values[c]) for c in COLUMNS) + " |"
 
-    from kernomics import OPS
 
-    op = OPS[sys.argv[1]]
-    triton_kernel = next(k for k in op.kernels if k.name == "triton")
-    for family in sys.argv[2:] or ("sm80", "sm90", "sm100", "sm120", "gfx942", "gfx950"):
-        for (name, words, _), launch in distinct(op, triton_kernel, family).items():
-            print(family, name, words, report(compiled(launch, family)), flush=True)
+def committed(op, family):
+    return [text for text in TABLE.read_text().splitlines() if text.startswith(f"| {op} | {family} |")]
+
+
+def main():
+    """``python tests/ahead_of_time.py``: write the table; ``... OP [CHIP ...]``: print the op's rows."""
+    triton_kernels = [(op, k) for op in OPS.values() for k in op.kernels if k.name == "triton"]
+    if len(sys.argv) > 1:
+        op, kernel = next(x for x in triton_kernels if x[0].name == sys.argv[1])
+        for family in sys.argv[2:] or CHIPS:
+            for row in resources(op, kernel, family):
+                print(line(row), "SPILLS" if row["spills"] else "", flush=True)
+        return
+    jobs = [(op, kernel, family) for op, kernel in triton_kernels for family in CHIPS]
+    rows = [line(row) for job in track(jobs, "compiling") for row in resources(*job)]
+    rule = "|---" * len(COLUMNS) + "|"
+    TABLE.write_text(HEAD + "\n".join([f"| {' | '.join(COLUMNS)} |", rule, *rows]) + "\n")
+
+
+if __name__ == "__main__":
+    main()

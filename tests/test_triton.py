@@ -12,12 +12,12 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
+from kernomics.triton_kernels import common  # noqa: E402
+
 import interpreter  # noqa: E402
 from conftest import LONG_BYTES, LONG_FLOPS, copies, drawn, judge, poison, results, wanted  # noqa: E402
-
-from kernomics import OPS, numpy_ops  # noqa: E402
+from kernomics import OPS, chip, numpy_ops  # noqa: E402
 from kernomics.torch_ops import from_numpy, to_numpy  # noqa: E402
-from kernomics.triton_kernels import common  # noqa: E402
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRET else "cuda"
@@ -45,7 +45,7 @@ def cases():
 @pytest.fixture
 def assume(monkeypatch):
     """Sets the chip that the interpreter stands for."""
-    return lambda family: monkeypatch.setattr(common, "ASSUMED", family) if INTERPRET else None
+    return lambda family: monkeypatch.setattr(common, "ASSUMED", chip.FAMILIES[family]) if INTERPRET else None
 
 
 def tensor(x):

@@ -5,13 +5,13 @@ import triton.language as tl
 
 from kernomics import chip
 
-ASSUMED = None  # family that stands for the tensors' own chip where there is no GPU: the interpreter, ahead-of-time compiles
+ASSUMED = None  # a chip.Chip that stands for the tensors' own where there is none: the interpreter, ahead-of-time compiles
 COLLECT = None  # a list takes launches in place of the GPU: (kernel, grid, arguments, options)
 
 
 def chip_of(x):
     """The chip that tensor ``x`` lies on."""
-    return chip.FAMILIES[ASSUMED] if ASSUMED else chip.current(x.device.index)
+    return ASSUMED or chip.current(x.device.index)
 
 
 def run(kernel, grid, *args, **options):

@@ -15,6 +15,9 @@ contract.CODES.update({DTYPES[name].type: code for code, name in enumerate(contr
 
 E4M3_MAX, E5M2_MAX = 448.0, 57344.0
 E4M3_NAN = 0x7F  # and 0xFF
+# FP8 tensor cores keep about 14 bits of a sum over 128 products, after which kernels add in f32: judge_sums' derivation
+# with sqrt(128) terms and that unit. A judge adds inputs.get("tensor_core", 0) to its ``extra``.
+TENSOR_CORE = 4 * 128**0.5 * 2.0**-14
 UNIT = {"f32": 2.0**-24, "bf16": 2.0**-8, "fp8": 2.0**-4}  # unit roundoff: |rounded - x| <= UNIT * |x|
 
 

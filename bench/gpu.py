@@ -1,0 +1,308 @@
+"""``kernomics bench --gpu``: every GPU kernel judged, then timed by replaying CUDA graphs, beside the chip's own limits.
+
+A sample is one replay of a graph that holds the call several times over; a call that mostly reads weights or cache
+finds them in memory and not in L2, because the graph's calls take copies in turn that L2 cannot hold together.
+"""
+
+import os
+import re
+from datetime import datetime, timezone
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from kernomics.bench import run
+from kernomics.bench.timing import Timing
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from kernomics import chip, numpy_ops
+from kernomics.contract import OPS, Case
+from kernomics.numerics import TENSOR_CORE
+from kernomics.torch_ops import from_numpy, to_numpy
+
+SCALE = 0.1352  # softmax scale of DeepSeek-V3
+GEMMS = [(2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048)]  # DeepGEMM's (n, k)
+
+
+def _decode(h, q=1, b=128, s=4096, **more):
+    pages = b * s // 64
+    kind = "fp8 cache" if more else "bf16 cache"
+    return Case(b=b, q=q, h=h, s=s, page=64, p=pages, n=s // 64, softmax_scale=SCALE,
+                bench=f"decode, {b} x {s // 1024}k, {h} heads, {q} tokens, {kind}", **more)
+
+
+CASES = {  # sizes of a GPU, beside the bench cases of the rooms; of each op the calls that a serving step makes
+    "fp8_gemm": [Case(m=m, n=n, k=k, bench=f"{'decode' if m < 256 else 'prefill'}, m {m}, n {n}, k {k}")
+                 for m in (1, 64, 128, 4096) for n, k in GEMMS],
+    "fp8_grouped_gemm": [
+        Case(t=256, e=32, n=4096, k=7168, active=32, bench="decode gate+up, 8 rows an expert, 32 experts"),
+        Case(t=4096, e=32, n=4096, k=7168, active=32, bench="prefill gate+up, 128 rows an expert, 32 experts"),
+        Case(t=32768, e=4, n=4096, k=7168, active=4, bench="prefill gate+up, 8192 rows an expert"),
+        Case(t=32768, e=4, n=7168, k=2048, active=4, bench="prefill down, 8192 rows an expert"),
+    ],
+    "mla_decode": [_decode(128), _decode(128, q=2), _decode(16), _decode(64), _decode(128, kv_cache="u8"),
+                   _decode(16, kv_cache="u8"), _decode(16, b=1, s=32768), _decode(128, b=1, s=32768)],
+    "mla_decode_sparse": [
+        Case(b=128, q=2, h=128, top_k=2048, page=64, p=4096, softmax_scale=SCALE, kv_cache=kind,
+             bench=f"decode, 128 x 2 tokens, 2048 keys, {'fp8' if kind == 'u8' else kind} cache") for kind in ("bf16", "u8")],
+    "mla_prefill": [Case(b=1, t=8192, s=8192, h=32, softmax_scale=SCALE, bench="prefill 8k, 32 heads"),
+                    Case(b=4, t=8192, s=8192, h=128, softmax_scale=SCALE, bench="prefill 4 x 2k, 128 heads")],
+    "mla_index": [Case(t=4096, h=64, s=4096, bench="prefill 4k")],
+    "moe_experts": [Case(t=256, d=7168, n=2048, e=32, top_k=8, bench="decode, 256 tokens, 32 experts"),
+                    Case(t=4096, d=7168, n=2048, e=32, top_k=8, bench="prefill, 4096 tokens, 32 experts")],
+    "fp8_quantize": [Case(m=65536, k=7168, bench="prefill, 65536 rows")],
+    "swiglu_quantize": [Case(t=65536, n=2048, bench="prefill, 65536 rows")],
+    "moe_combine": [Case(t=16384, d=7168, top_k=8, weights="f32", bench="prefill, 16384 tokens")],
+    "moe_permute": [Case(t=16384, d=7168, top_k=8, n_experts=256, bench="prefill, 16384 tokens")],
+    "mla_append_kv": [Case(t=65536, p=1024, page=64, norm_weight="bf16", cos="f32", sin="f32", kv_cache=kind,
+                           bench=f"prefill, 65536 tokens, {'fp8' if kind == 'u8' else kind}") for kind in ("bf16", "u8")],
+    "attention_merge": [Case(lead=(), q=16384, h=128, d=128, bench="prefill chunk of 16384")],
+}
+ONCE_AROUND = 3  # the copies of a streamed operand fill L2 this many times
+SAMPLES, SAMPLE_S = 40, 2e-3  # replays, and seconds that one of them lasts at least
+MOST_CALLS = 256  # calls of one graph
+LARGEST = 20e9  # bytes of copies
+
+
+def rows(ops=None):
+    """(op, GPU kernel, case) of everything that this bench can run."""
+    for name in ops or OPS:
+        op = OPS[name]
+        for case in [*CASES.get(name, ()), *(c for c in op.cases if c.bench)]:
+            for kernel in op.kernels:
+                if kernel.on != "cpu":
+                    yield op, kernel, case
+
+
+# ---------------------------------------------------------------- the chip
+
+
+def chip_key(name):
+    """Key of chips.toml from a device's name, as in "NVIDIA H200"; a name of its own where none is known."""
+    slug = re.sub(r"[^a-z0-9]+", "", name.lower())
+    return next((key for key in sorted(chip.FAMILY_OF, key=len, reverse=True) if key in slug), slug)
+
+
+def graph_of(calls):
+    """A CUDA graph of the calls, once warmed up on a side stream."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph
+
+
+def replay_seconds(graph, times=1):
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(times):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def measure(calls, samples=SAMPLES):
+    """The Timing of one call, of ``calls`` taken in turn."""
+    once = replay_seconds(graph_of(calls)) / len(calls)
+    rounds = max(1, min(round(SAMPLE_S / max(once, 1e-7) / len(calls)), MOST_CALLS // len(calls)))
+    graph = graph_of(list(calls) * rounds)
+    replay_seconds(graph, 3)
+    return Timing.of([replay_seconds(graph) / (rounds * len(calls)) for _ in range(samples)])
+
+
+def ceilings():
+    """Bytes/s of a large copy, reads and writes counted, and FLOP/s of large matrix products, through torch."""
+    found = {}
+    x = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
+    y = torch.empty_like(x)
+    found["bytes_copy"] = found["bytes_read"] = 2 * x.nbytes / measure([lambda: y.copy_(x)], 20).median
+    del x, y
+    n = 8192
+    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    found["flops_bf16"] = 2 * n**3 / measure([lambda: a @ b], 20).median
+    try:
+        a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
+        one = torch.ones((), device="cuda")
+        call = lambda: torch._scaled_mm(a8, b8, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)  # noqa: E731
+        found["flops_fp8"] = 2 * n**3 / measure([call], 20).median
+    except RuntimeError:
+        pass  # a chip without FP8 products has no such ceiling
+    found["memory_bytes"] = torch.cuda.get_device_properties(0).total_memory
+    return found
+
+
+# ---------------------------------------------------------------- a case
+
+
+def copies(op, work, inputs):
+    """The inputs several times over, so that what is streamed comes from memory; and whether it does."""
+    l2 = torch.cuda.get_device_properties(0).L2_cache_size
+    names = [n for n in run.STREAMED.get(op.name, ()) if inputs.get(n) is not None]
+    if not names or work.bytes > ONCE_AROUND * l2:
+        return [inputs], work.bytes > ONCE_AROUND * l2
+    size = sum(inputs[n].nbytes for n in names)
+    count = max(1, min(-(-ONCE_AROUND * l2 // max(size, 1)) + 1, 64, int(LARGEST // max(size, 1))))
+    return [inputs, *(inputs | {n: inputs[n].clone() for n in names} for _ in range(count - 1))], count > 1
+
+
+def bench_case(op, kernel, case, limits, peers, tick=lambda name: None):
+    """One row: a dict with ``failed``, or with the timing and everything a record holds."""
+    work = op.work(**case)
+    row = {"op": op, "kernel": kernel, "case": case, "work": work, "failed": "", "peers": []}
+    arrays, scalars = numpy_ops.sample(op, case)
+    inputs = {n: x if x is None else from_numpy(x).cuda() for n, x in arrays.items()}
+
+    def call_on(given):
+        args = [*given.values(), *scalars.values()]
+        return lambda: op.torch_call(*args, kernel.name)
+
+    try:
+        result = call_on(inputs)()
+        torch.cuda.synchronize()
+        tensors = inputs if op.mutates else {}
+        outs = [to_numpy(x.cpu()) for x in run._results(op, result, tensors)]
+        row["failed"], row["error"] = run.judge(op, work, arrays, scalars, outs,
+                                                tensor_core=TENSOR_CORE if chip.current(0).e4m3 else 0.0)
+        if row["failed"]:
+            return row
+        sets, row["cold"] = copies(op, work, inputs)
+        row["timing"] = measure([call_on(x) for x in sets])
+    except Exception as error:  # one kernel's failure is a row of the table; the bench goes on
+        row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+        return row
+    row["peaks"] = limits
+    for name, build in (peers.PEERS.get(op.name, {}) if peers else {}).items():
+        tick(name)
+        found = {"name": name}
+        row["peers"].append(found)
+        try:
+            calls = [build(run_arguments(x, scalars)) for x in sets]
+            first = calls[0]()
+            difference = peers.difference(op, result, first, inputs)
+            if not difference <= run.PEER_ERROR:
+                raise ValueError(f"its result differs by {difference:.2g} of the norm")
+            found["seconds_median"] = measure(calls, 15).median
+            found["ratio"] = found["seconds_median"] / row["timing"].median
+        except Exception as error:  # a peer may fail in any way: it is named, and the bench goes on
+            found["reason"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+    return row
+
+
+def run_arguments(inputs, scalars):
+    from types import SimpleNamespace
+
+    return SimpleNamespace(**inputs, **scalars)
+
+
+def record(row, key, meta):
+    """The row as one JSON object, as the CPU's (``bench.run.record``)."""
+    op, case, t = row["op"], row["case"], row["timing"]
+    scalars = {s.name: op.values(case)[s.name] for s in op.scalars}
+    values = {
+        "schema": run.SCHEMA, "op": op.name, "kernel": row["kernel"].name, "chip": key,
+        "dims": {k: v for k, v in case.items() if k not in op.tensors and k not in scalars},
+        "dtypes": {n: x[0] for n, x in op.layout(case).items() if x}, "scalars": scalars,
+        "seconds_median": t.median, "p10": t.p10, "p90": t.p90, "n": t.n, "flops": row["work"].flops, "bytes": row["work"].bytes,
+        "error": row["error"], "ceilings": row["peaks"], "cache_state": "cold" if row["cold"] else "warm", **meta,
+        "peers": row["peers"],
+    }
+    return {name: values[name] for name in run.FIELDS}
+
+
+def floor_s(row):
+    """Seconds at the chip's measured ceilings: bytes over the copy's, FLOPs over those of the operands' dtype."""
+    fp8 = any(x and x[0] == "fp8" for n, x in row["op"].layout(row["case"]).items()) and "flops_fp8" in row["peaks"]
+    flops = row["peaks"]["flops_fp8" if fp8 else "flops_bf16"]
+    return max(row["work"].flops / flops, row["work"].bytes / row["peaks"]["bytes_copy"])
+
+
+def show(console, done):
+    table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False, title="ratio: time of the best peer over ours",
+                  title_justify="left")
+    table.add_column("op and case", width=42, no_wrap=True)
+    table.add_column("kernel", width=7, no_wrap=True)
+    for name, width in (("us", 8), ("TFLOP/s", 7), ("GB/s", 5), ("floor%", 6)):
+        table.add_column(name, justify="right", width=width, no_wrap=True)
+    table.add_column("best peer", width=16, no_wrap=True)
+    table.add_column("ratio", justify="right", width=5, no_wrap=True)
+    shown = None
+    for row in done:
+        if row["op"] is not shown:
+            table.add_row(Text(row["op"].name, "bold"))
+            shown = row["op"]
+        if row["failed"]:
+            table.add_row(f" {row['case'].bench}", row["kernel"].name, Text("FAILED", "bold red"))
+            continue
+        t, work = row["timing"].median, row["work"]
+        best = min((p for p in row["peers"] if "ratio" in p), key=lambda p: p["seconds_median"], default=None)
+        table.add_row(f" {row['case'].bench}", row["kernel"].name, f"{t * 1e6:.1f}", f"{work.flops / t / 1e12:.1f}",
+                      f"{work.bytes / t / 1e9:.0f}", f"{100 * floor_s(row) / t:.0f}",
+                      *((best["name"], f"{best['ratio']:.2f}") if best else ("-", "-")))
+    console.print(table)
+    console.print("floor%: time at the measured copy bandwidth or matrix rate, whichever is longer, over the time taken",
+                  style="dim")
+    for row in done:
+        if row["failed"]:
+            console.print(f"FAILED {row['op'].name}, {row['case'].bench}: {row['failed']}", style="red")
+    for reason in sorted({(r["op"].name, p["name"], p["reason"]) for r in done for p in r["peers"] if "reason" in p}):
+        console.print("no time for {} by {}: {}".format(*reason), style="dim")
+
+
+def main(ops=None, folder=None, peers=True, console=None):
+    """Bench on the GPU; returns the rows. Records go to ``<folder>/<chip>.jsonl``, by default out/."""
+    console = console or Console(width=100)
+    module = None
+    if peers:
+        module = import_module("kernomics.bench.gpu_peers")
+    key, limits = chip_key(torch.cuda.get_device_name(0)), ceilings()
+    shown = ", ".join(f"{n} {v / 1e12:.2f} T" for n, v in limits.items() if n.startswith(("bytes_copy", "flops")))
+    console.print(f"{torch.cuda.get_device_name(0)} as {key}: {shown}/s")
+    todo, done = list(rows(ops)), []
+    with Progress(TextColumn("{task.description:<62.62}"), BarColumn(15), MofNCompleteColumn(), TimeElapsedColumn(),
+                  console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(todo))
+        for op, kernel, case in todo:
+            title = f"{op.name}: {case.bench}"
+            progress.update(task, description=title)
+            done.append(bench_case(op, kernel, case, limits, module,
+                                   lambda name, title=title: progress.update(task, description=f"{title}: {name}")))
+            torch.cuda.empty_cache()
+            progress.advance(task)
+    show(console, done)
+    found = run.versions() | {"triton": import_module("triton").__version__, "cuda": torch.version.cuda or torch.version.hip}
+    meta = {"versions": found, "commit": os.environ.get("KERNOMICS_COMMIT") or run.commit(),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    made = [record(row, key, meta) for row in done if not row["failed"]]
+    path = Path(folder or "out") / f"{key}.jsonl"
+    if made:
+        run.write(made, path)
+        console.print(f"{len(made)} records in {path}", style="dim")
+    return done
+
+
+def dry(ops=None, console=None):
+    """Without a GPU: what would run, and that each kernel loads; returns the number of rows."""
+    console = console or Console(width=100)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), title="rows of the GPU bench", title_justify="left")
+    for name in ("op", "case", "kernel"):
+        table.add_column(name, no_wrap=True)
+    for name in ("GFLOP", "MB"):
+        table.add_column(name, justify="right")
+    count = 0
+    for op, kernel, case in rows(ops):
+        kernel.load()
+        work = op.work(**case)
+        table.add_row(op.name, case.bench, kernel.name, f"{work.flops / 1e9:.1f}", f"{work.bytes / 1e6:.1f}")
+        count += 1
+    console.print(table)
+    return count

@@ -1,0 +1,5 @@
+"""``python -m kernomics``: the ``kernomics`` command."""
+
+from kernomics.cli import app
+
+app()
