@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kernomics.cli import SCENARIO, app
-from kernomics.cost import CostError, compare, console, scenario
+from kernomics.cost import CostError, chips, compare, console, scenario, serving
 from kernomics.cost.model import Model
 from kernomics.cost.price import Sources
 
@@ -29,7 +29,7 @@ def test_every_field_has_an_option():
 def test_file_and_options(tmp_path):
     file = tmp_path / "mine.toml"
     file.write_text('model = "llama-3.1-70b"\nchip = ["h200"]\nspeed = 50\n[dollars_per_hour]\nh200 = 2\n')
-    s = scenario.from_options(str(file), ["h100=1.5"], speed=70.0)
+    s = scenario.from_options(str(file), dollars_per_hour=["h100=1.5"], speed=70.0)
     assert (s.model, s.chip, s.speed, s.dollars_per_hour) == ("llama-3.1-70b", ["h200"], 70.0, {"h200": 2.0, "h100": 1.5})
 
 
@@ -53,6 +53,266 @@ def test_prices_are_chip_time_at_the_rent(answered):
     assert best.dollars * (w.tokens_in + w.tokens_out) == pytest.approx(whole)
     assert best.joules_out == pytest.approx(best.chip.get("all_in_watts") * s.decode_seconds / w.tokens_out)
     assert s.speed >= 40
+
+
+def shares(answer):
+    """$ of a million requests' tokens by kind: tokens of a request * $/Mtoken."""
+    return {kind: answer.service.workload.tokens[kind] * dollars for kind, dollars in answer.mtoken.items()}
+
+
+@pytest.mark.parametrize("disaggregated", (True, False))
+def test_allocations_share_one_cost(disaggregated):
+    base = dict(chip=["h200"], hit=0.5, dollars_per_hour={"h200": 2.0}, disaggregated=disaggregated, chips=16)
+    sold = {"in": 1.0, "cached": 0.25, "out": 4.0}
+    (time,), (price,) = (compare.compare(s, Sources(), s.load_chips(scenario.Measured([]))) for s in
+                         (scenario.load(**base, allocation="time"), scenario.load(**base, allocation="price", sold=sold)))
+    s = time.service
+    whole = s.chip_seconds * 2 / 3600 * 1e6
+    assert shares(time) == pytest.approx({"in": s.prefill_seconds * 2 / 3600 * 1e6, "cached": 0,
+                                          "out": s.decode_seconds * 2 / 3600 * 1e6})
+    # 2048 tokens at 1 $, 2048 at 0.25 $ and 1024 at 4 $: 2 : 0.5 : 4 of 6.5
+    assert shares(price) == pytest.approx({"in": whole * 4 / 13, "cached": whole / 13, "out": whole * 8 / 13})
+    assert price.dollars_in / 1.0 == pytest.approx(price.dollars_cached / 0.25) == pytest.approx(price.dollars_out / 4.0)
+    assert time.dollars == pytest.approx(whole / 5120) == pytest.approx(price.dollars)
+
+
+def test_pools_of_one_chip_pay_as_by_time():
+    by = {}
+    for allocation in ("time", "pool"):
+        asked = scenario.load(chip=["h200"], allocation=allocation, chips=16)
+        (by[allocation],) = compare.compare(asked, Sources(), asked.load_chips(scenario.Measured([])))
+    assert by["pool"].mtoken == pytest.approx({k: v for k, v in by["time"].mtoken.items()})
+
+
+@pytest.mark.parametrize("fields, text", [
+    (dict(allocation="price"), "sold is {}, allowed: $/Mtoken of in, out"),
+    (dict(allocation="price", hit=0.5, sold={"in": 1, "out": 4}), "of in, cached, out"),
+    (dict(sold={"in": 1, "out": 4}), "allocation is None, allowed: price"),
+    (dict(allocation="pool", disaggregated=False), "allocation is 'pool', allowed: time, price"),
+    (dict(allocation="fair"), "allocation is 'fair', allowed: 'time', 'price' or 'pool'"),
+])
+def test_wrong_allocations_are_told(fields, text):
+    with pytest.raises(CostError) as error:
+        scenario.load(**fields)
+    assert text in str(error.value)
+
+
+def test_the_allocation_is_named():
+    text = RUN.invoke(app, ["compare", "--chip", "h200", "--hit", "0.5", "--no-disaggregated", "--chips", "16"]).output
+    assert "allocated by time" in text and "cached" in text and max(map(len, text.splitlines())) <= 100
+    options = ["--allocation", "price", "--sold", "in=1", "--sold", "out=4"]
+    for command in ("compare", "pareto"):
+        text = RUN.invoke(app, [command, "--chip", "h200", *options]).output
+        assert "allocated by price" in text and max(map(len, text.splitlines())) <= 100, text
+
+
+@pytest.mark.parametrize("disaggregated", (True, False))
+def test_a_front_of_services_holds_the_cheapest(disaggregated):
+    asked = scenario.load(chip=["h200"], disaggregated=disaggregated, chips=16)
+    (chip,) = asked.load_chips(scenario.Measured([]))
+    front, (best,) = compare.pareto(asked, Sources(), chip), compare.compare(asked, Sources(), [chip])
+    assert min(a.dollars for a in front) == pytest.approx(best.dollars)
+    speeds, chips = ([getattr(a.service, n) for a in front] for n in ("tokens_per_s_per_user", "tokens_per_s_per_chip"))
+    assert speeds == sorted(speeds, reverse=True) and chips == sorted(chips)
+
+
+@pytest.mark.parametrize("load, requests", [("20 requests/s", 20), ("51.2k tokens/s", 50), ("2k requests/s", 2000),
+                                            ("1.024M tokens/s", 1000)])
+def test_loads(load, requests):
+    assert scenario.load(load=load).requests_per_s == pytest.approx(requests)
+
+
+@pytest.mark.parametrize("load", ["20", "many requests/s", "0 requests/s", "-1 requests/s", "1.2.3 requests/s", "5 cats/s"])
+def test_wrong_loads_are_told(load):
+    with pytest.raises(CostError, match=f"load is '{load}', allowed: above 0 requests/s, or tokens/s"):
+        scenario.load(load=load)
+
+
+def test_a_fleet_by_hand():
+    asked = scenario.load(chip=["h200"], load="500 requests/s", utilisation=0.5, dollars_per_hour={"h200": 2.0}, chips=16)
+    (a,) = compare.compare(asked, Sources(), asked.load_chips(scenario.Measured([])))
+    s, f = a.service, a.fleet
+    for count, seconds, plan in ((f.prefill, s.prefill_seconds, s.prefill.plan), (f.decode, s.decode_seconds, s.decode.plan)):
+        assert count % plan.chips == 0 and count - plan.chips < 500 * seconds / 0.5 <= count
+    assert f.nodes == -(-f.prefill // 8) + -(-f.decode // 8)
+    assert f.dollars_per_hour == 2 * f.chips
+    assert f.dollars == pytest.approx(2 * f.chips / (500 * 5120 * 3600) * 1e6)
+    assert 1 <= f.dollars / a.dollars < 1.1  # the rest of the last instances is paid, too
+
+
+KNOWN = chips.load()
+
+
+def by_hand(chip, rents, work=serving.Workload(3000, 1000), waits=0.0, **more):
+    """3 chip-seconds of prefill on 8 chips, 6 of decode on 16, for 3,000 tokens in and 1,000 out."""
+    fill, decode = (serving.Point(serving.Plan(ep=ep), 1, 1.0, 1.0, 1.0, serving.Step((), 1.0, 0.0, 1.0)) for ep in (8, 16))
+    service = serving.Service(Model.load("deepseek-v3"), chip, work, decode, fill, 3.0, 6.0, 20.0, 1.0, True, waits)
+    return compare.Answer(chip, service, rents, **more)
+
+
+def test_two_chips_by_hand():
+    a = by_hand(chips.Pair(KNOWN["h100"], KNOWN["b200"]), (1.2, 2.4), allocation="pool", requests_per_s=10.0)
+    assert a.chip.key == "h100+b200"
+    assert a.service.prefill_share == pytest.approx(1 / 3)  # 3 of 9 chip-seconds: both pools end as many requests
+    assert a.dollars_per_hour == pytest.approx(2.0)  # 1.2 / 3 + 2.4 * 2 / 3
+    assert a.request_dollars == pytest.approx(0.005)  # (3 * 1.2 + 6 * 2.4) / 3600
+    assert (a.dollars_in, a.dollars_out, a.dollars) == pytest.approx((0.001 / 3e-3, 4, 1.25))
+    assert by_hand(a.chip, a.rents, allocation="time").dollars_in == pytest.approx(0.005 / 3 / 3e-3)  # a third of the time
+    f = a.fleet
+    assert (f.prefill, f.decode, f.nodes) == (32, 64, 12)  # 30 chips of 8, 60 of 16; domains of 8
+    assert f.dollars_per_hour == pytest.approx(32 * 1.2 + 64 * 2.4) == pytest.approx(192)
+    assert f.dollars == pytest.approx(192 / 3600 / 40e3 * 1e6)
+    watts = 3 * KNOWN["h100"].get("all_in_watts") + 6 * KNOWN["b200"].get("all_in_watts")
+    assert a.tokens_per_s_per_mw == pytest.approx(1000 / watts * 1e6)
+    assert by_hand(a.chip, (None, 2.4)).dollars is None and by_hand(a.chip, (None, 2.4), requests_per_s=1.0).fleet.dollars is None
+
+
+def test_a_tier_is_paid_by_what_it_keeps():
+    work = serving.Workload(3000, 1000, hit=0.5, tier=serving.Tier("ssd", 730e9, 1e9, 1.0))  # $1 a chip-hour
+    pool, time = (by_hand(KNOWN["h100"], (1.2, 2.4), work, waits=1.0, allocation=x, requests_per_s=10.0)
+                  for x in ("pool", "time"))
+    assert pool.request_dollars == pytest.approx((3 * 1.2 + 3 * 1 + 6 * 2.4) / 3600)
+    assert (pool.dollars_in, pool.dollars_cached, pool.dollars_out) == pytest.approx(
+        (3.6 / 3.6e-3 / 1500, 3.0 / 3.6e-3 / 1500, 14.4 / 3.6e-3 / 1000))
+    whole = 21 / 3600 * 1e6  # of 9 chip-seconds 2 prefill, 1 waits for the tier, 6 decode
+    assert (time.dollars_in, time.dollars_cached, time.dollars_out) == pytest.approx(
+        (whole * 2 / 9 / 1500, whole / 9 / 1500, whole * 6 / 9 / 1000))
+    assert pool.fleet.dollars_per_hour == pytest.approx(32 * (1.2 + 1) + 64 * 2.4)
+
+
+def test_a_tier_on_the_command_line():
+    tier = ["--hit", "0.9", "--tier", "ssd", "--tier-gb", "2500", "--tier-gb-per-s", "1", "--tier-dollars-per-gb-month", "0.5"]
+    text = RUN.invoke(app, ["compare", "--chip", "h200", "--chips", "16", *tier]).output
+    assert "a hit is loaded from ssd in 259ms" in text and max(map(len, text.splitlines())) <= 100  # 3,686 * 70,272 B at 1 GB/s
+    (row,) = json.loads(RUN.invoke(app, ["compare", "--chip", "h200", "--chips", "16", *tier, "--format", "json"]).stdout)
+    assert row["tier_dollars_per_hour"] == pytest.approx(2500 * 0.5 / 730)
+    text = RUN.invoke(app, ["explain", "--chip", "h200", "--chips", "16", *tier]).output
+    assert "waits for ssd" in text
+    told = RUN.invoke(app, ["sensitivity", "--chip", "h200", "--chips", "16", *tier, "--format", "json",
+                            "--uncertain", "dollars_per_hour=1.6..1.6001"])
+    assert json.loads(told.stdout)["p50"] == pytest.approx(row["dollars_per_mtoken"], rel=1e-4)
+
+
+@pytest.mark.parametrize("fields, text", [
+    (dict(hit=0.5, tier="ssd"), "tier_gb is None, allowed: GB of it a chip, as tier is given"),
+    (dict(hit=0.5, tier_gb=5.0, tier_gb_per_s=5.0, tier_dollars_per_gb_month=1.0), "tier is None, allowed: memory that keeps"),
+    (dict(tier="ssd", tier_gb=5.0, tier_gb_per_s=5.0, tier_dollars_per_gb_month=1.0), "hit is 0.0, allowed: above 0"),
+    (dict(tier_gb=-1.0), "tier_gb is -1.0, allowed: greater than 0"),
+])
+def test_tiers_are_given_whole(fields, text):
+    with pytest.raises(CostError) as error:
+        scenario.load(**fields)
+    assert text in str(error.value)
+
+
+def test_two_chips_are_the_pools_of_each():
+    asked = scenario.load(chip=["h100", "h200", "h100+h200", "h200+h200"], chips=16, speed=20.0)
+    pools = {a.chip.key: a for a in compare.compare(asked, Sources(), asked.load_chips(scenario.Measured([])))}
+    fill, decode, both = (pools[k] for k in ("h100", "h200", "h100+h200"))
+    assert both.service.prefill_seconds == fill.service.prefill_seconds and both.dollars_in == pytest.approx(fill.dollars_in)
+    assert both.service.decode_seconds == decode.service.decode_seconds and both.dollars_out == pytest.approx(decode.dollars_out)
+    assert both.service.most_users == decode.service.most_users and both.service.first == fill.service.first
+    front = compare.pareto(asked, Sources(), both.chip)
+    assert min(a.dollars for a in front if a.service.speed >= 20) == pytest.approx(both.dollars)
+    assert len(pools) == 3  # h200+h200 is h200
+
+
+@pytest.mark.parametrize("options, text", [
+    (["compare", "--chip", "h100+h200", "--no-disaggregated"], "allowed: one chip, as the same chips prefill and decode"),
+    (["compare", "--chip", "h100+"], "chip is 'h100+', allowed: a chip, or two"),
+    (["compare", "--chip", "h100+h200+b200"], "allowed: a chip, or two"), (["compare", "--chip", "h100+x"], "chip is 'x'"),
+    (["sensitivity", "--chip", "h100+h200", "--uncertain", "imbalance=1..2"], "allowed: one chip"),
+])
+def test_wrong_pairs_are_told(options, text):
+    assert text in " ".join(RUN.invoke(app, options).output.split())
+
+
+def test_explain_names_both_chips():
+    text = RUN.invoke(app, ["explain", "--chip", "h100+h200"]).output
+    assert "prefill on h100" in text and "decode on h200" in text
+
+
+OWNED = {"server_dollars": 10_000, "network_dollars": 0, "storage_dollars": 0, "install_dollars": 0, "life_years": 4,
+         "dollars_per_kwh": 0.1, "uptime": 0.9}
+
+
+def test_owned_chips_cost_what_the_tco_table_says(tmp_path):
+    file = tmp_path / "owned.toml"
+    file.write_text('chip = ["h100", "mi300x", "h200"]\n[tco]\n' + "".join(f"{k} = {v}\n" for k, v in OWNED.items()) +
+                    "[tco.mi300x]\nserver_dollars = 20000\nwatts = 1000\n[dollars_per_hour]\nh200 = 5\n")
+    asked = scenario.from_options(str(file))
+    h100, mi300x, h200 = asked.load_chips(scenario.Measured([]))
+    # ($28,000 + $10,000) / 4 years / 8,760 h + 1.73 kW * $0.1, over 90 % of the hours
+    assert asked.rent(h100) == (pytest.approx((38_000 / 35_040 + 0.173) / 0.9), "owned")
+    assert asked.rent(mi300x) == (pytest.approx((35_000 / 35_040 + 0.1) / 0.9), "owned")
+    assert asked.rent(h200) == (5.0, "given")
+    text = RUN.invoke(app, ["compare", "--scenario", str(file), "--speed", "20"]).output
+    assert f"h100: owned at ${(38_000 / 35_040 + 0.173) / 0.9:.3f} an available hour, by the scenario's [tco]" in text
+    assert "h200: owned" not in text and max(map(len, text.splitlines())) <= 100
+    rows = json.loads(RUN.invoke(app, ["compare", "--scenario", str(file), "--format", "json"]).stdout)
+    assert {r["chip"]: r["dollars_are"] for r in rows} == {"h100": "owned", "mi300x": "owned", "h200": "given"}
+
+
+def test_what_is_owned_at_an_unknown_price_has_none():
+    options = [x for k, v in OWNED.items() for x in ("--tco", f"{k}={v}")]
+    text = " ".join(RUN.invoke(app, ["compare", "--chip", "h200", *options]).output.split())
+    assert "h200: price_dollars unknown: give chip_dollars" in text and "$/h unknown: h200" in text
+    for wrong, told in (("utilisation=0.5", "tco: utilisation is 0.5"), ("wacc=0.1", "tco of h200: field is 'wacc'"),
+                        ("uptime=2", "uptime is 2.0"), ("uptime", "tco is 'uptime', allowed: field=number")):
+        result = RUN.invoke(app, ["compare", "--chip", "h200", *options, "--tco", "chip_dollars=3e4", "--tco", wrong])
+        assert result.exit_code == 2 and told in result.output
+
+
+SRAM = ["compare", "--chip", "wse-3", "--chip", "h200", "--dollars-per-hour", "wse-3=60"]
+
+
+def test_sram_machines_show_one_user_alone():
+    rows = {r["chip"]: r for r in json.loads(RUN.invoke(app, [*SRAM, "--format", "json"]).stdout)}
+    # 673.2 GB of weights are 17.0 wafers of 39.6 GB, full to the last 3 MB; 4,608 tokens of 70,272 B need an 18th
+    wafer = rows["wse-3"]
+    assert (wafer["chips_at_least"], wafer["plan_alone"], wafer["communication_counted"]) == (18, "18 chips PP18", False)
+    assert wafer["dollars_per_mtoken_alone"] == pytest.approx(18 * 60 / 3600 / wafer["tokens_per_s_alone"] * 1e6)
+    assert wafer["tokens_per_s_alone"] > rows["h200"]["tokens_per_s_alone"] > 500 and rows["h200"]["communication_counted"]
+    assert wafer["dollars_per_mtoken_alone"] > wafer["dollars_per_mtoken_out"]
+    text = RUN.invoke(app, SRAM).output
+    assert "One user alone" in text and "communication is not counted: wse-3." in text
+    assert max(map(len, text.splitlines())) <= 100
+    assert "One user alone" not in RUN.invoke(app, ["compare", "--chip", "h200"]).output
+    assert "PP18" in RUN.invoke(app, ["pareto", "--chip", "wse-3"]).output
+
+
+def test_a_load_on_the_command_line():
+    options = ["compare", "--chip", "h200", "--chip", "tpu-v5p", "--chips", "16", "--load", "100 requests/s"]
+    text = RUN.invoke(app, options).output
+    assert "A fleet for 100 requests/s" in text and max(map(len, text.splitlines())) <= 100
+    rows = {r["chip"]: r for r in json.loads(RUN.invoke(app, [*options, "--format", "json"]).stdout)}
+    row = rows["h200"]
+    assert row["fleet_dollars_per_hour"] == pytest.approx(1.6 * (row["prefill_chips"] + row["decode_chips"]))
+
+
+def test_a_sweep_is_a_compare_of_each_length():
+    asked = scenario.load(chip=["h200"], chips=16)
+    (chip,) = asked.load_chips(scenario.Measured([]))
+    found = compare.sweep(asked, Sources(), chip, [1024, 65536])
+    for tokens, answer in found:
+        (alone,) = compare.compare(scenario.load(chip=["h200"], chips=16, tokens_in=tokens), Sources(), [chip])
+        assert answer.dollars_out == alone.dollars_out and answer.service.workload.tokens_in == tokens
+    long = found[1][1].service
+    plan, cache = long.decode.plan, (65536 + 512) * 70_272
+    free = 0.9 * 141e9 - long.model.chip_weight_bytes(plan.shard)
+    assert long.most_users == pytest.approx(plan.groups * free / cache, abs=plan.groups)
+    assert long.decode.b * long.decode.plan.groups <= long.most_users
+
+
+def test_sweep_command():
+    text = RUN.invoke(app, ["sweep", "--chip", "h200", "--context", "1k,2000k", "--chips", "8"]).output
+    assert max(map(len, text.splitlines())) <= 100 and "2,048,000: deepseek-v3 does not fit" in text
+    rows = json.loads(RUN.invoke(app, ["sweep", "--chip", "h200", "--context", "1k,2000", "--format", "json"]).stdout)
+    assert [r["tokens_in"] for r in rows] == [1024, 2000]
+    assert rows[0]["dollars_per_mtoken_out"] < rows[1]["dollars_per_mtoken_out"]
+    for wrong in ("many", "1k,,2k", "0", "-1k"):
+        result = RUN.invoke(app, ["sweep", "--chip", "h200", "--context", wrong])
+        assert result.exit_code == 2 and f"context is '{wrong}'" in result.output
 
 
 def test_cheapest_first_then_unpriced_then_unanswered():

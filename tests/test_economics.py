@@ -91,7 +91,7 @@ HAND = [  # got, worked by hand
     ("imbalance_slowdown", eco.imbalance_slowdown([8, 2, 2, 4]), 2),
     ("overlapped, compute longer", eco.overlapped(8, 5, 0.2), 10),
     ("overlapped, communication longer", eco.overlapped(4, 8, 0.2), 8),
-    ("die_yield", eco.die_yield(1000, 0.001), exp(-1)),
+    ("die_yield", eco.die_yield(1000, 0.1), exp(-1)),
     ("memory_dollars", eco.memory_dollars(80e9, 15), 1200),
     ("efficiency_cost", eco.efficiency_cost(0.5), 2),
     ("step_speedup: half of a step twice as fast", eco.step_speedup(0.5, 2), 4 / 3),
@@ -119,7 +119,7 @@ def test_a_late_revenue_returns_little():
 def test_a_wafer_holds_whole_dies():
     assert 55 < eco.dies_per_wafer(814) < 65
     assert eco.dies_per_wafer(100) * 100 < 3.1416 * 150**2
-    assert eco.die_dollars(16000, 814, 0.001) > 16000 / eco.dies_per_wafer(814)
+    assert eco.die_dollars(16000, 814, 0.1) > 16000 / eco.dies_per_wafer(814)
 
 
 # ---------------------------------------------------------------- laws
@@ -255,7 +255,7 @@ RISING = [(eco.straight_line, (100, 5, 10), (1, 0, 0)), (eco.annuity, (100, 0.1,
           (eco.price_at_margin, (40, 0.5), (1, 1)), (eco.dollars_per_mtoken, (2, 1000), (1, 0)),
           (eco.training_hours, (1e20, 1e15, 0.4), (1, 0, 0)), (eco.tokens_per_step, (0.5, 2), (1, 1)),
           (eco.users_at_speed, (10, 1e12, 1e10, 1e3, 1e5), (0, 1, 0, 0, 0)), (eco.joules_per_token, (700, 100, 1.2), (1, 0, 1)),
-          (eco.rental_profit, (2, 0.7, 1), (1, 1, 0)), (eco.die_dollars, (16e3, 800, 1e-3), (1, 1, 1)),
+          (eco.rental_profit, (2, 0.7, 1), (1, 1, 0)), (eco.die_dollars, (16e3, 800, 0.1), (1, 1, 1)),
           (eco.step_speedup, (0.3, 1.5), (1, 1)), (eco.overlapped, (8, 5, 0.2), (1, None, 1)),
           (eco.break_even_hit_rate, (1, 2, 6), (1, 1, 0)), (eco.falling_rent_value, (2, 0.3, 0.1, 4), (1, 0, 0, 1))]
 

@@ -10,7 +10,7 @@ from kernomics.cost import CostError, Unknown, comm, serving
 from kernomics.cost.chips import Chip, Figure
 from kernomics.cost.model import Model
 from kernomics.cost.price import Sources
-from kernomics.cost.serving import DoesNotFit, Plan, Workload
+from kernomics.cost.serving import DoesNotFit, Plan, Tier, Workload
 
 V3 = Model.load("deepseek-v3")
 LLAMA = Model.load("llama-3.1-70b", weights="fp8")
@@ -153,10 +153,58 @@ def test_missing_figures_are_named():
         point(Plan(ep=8), on=chip(flops_fp8=None))
 
 
-@pytest.mark.parametrize("bad", [dict(pp=0), dict(drafts=-1), dict(acceptance=1.1), dict(micro_batches=3), dict(comm_share=1.0),
-                                 dict(overlap=1.5),
-                                 dict(dispatch="int8"), dict(ep=6, tp=4), dict(tp=0), dict(memory_share=0.0),
-                                 dict(imbalance=0.5)])
+# ---------------------------------------------------------------- SRAM alone
+
+
+def sram(gb, links=False):
+    known = {} if links else {"scale_up_bytes_per_s": None, "scale_up_domain": None, "scale_out_bytes_per_s": None}
+    return replace(chip("made-up", memory_bytes=gb * 1e9, bytes_per_s=1e15, **known), memory="sram")
+
+
+def test_stages_hold_the_model_by_hand():
+    wafer, plan = sram(44), Plan(tp=1)
+    # 71.4 GB of fp8 weights and 8k tokens of 327,680 B in 39.6 GB a wafer: one is too small, two hold it
+    assert LLAMA.chip_weight_bytes(plan.shard) / 39.6e9 < 2 and serving.stages(LLAMA, wafer, plan, 8192) == 2
+    assert [(p.tp, p.pp) for p in serving.plans(LLAMA, wafer, s=8192)] == [(1, 2)]  # links unknown: the fewest chips a stage
+    assert len(serving.plans(LLAMA, sram(44, links=True), s=8192)) > 1
+    small = serving.stages(LLAMA, sram(1.2), plan, 1)  # 1.08 GB a chip
+    assert small == -(-LLAMA.chip_weight_bytes(plan.shard) // 1.08e9)
+    assert serving.stages(LLAMA, sram(0.5), plan, 1) == LLAMA.layers  # not enough, and refused
+    with pytest.raises(DoesNotFit, match="PP80"):
+        serving.decode_points(LLAMA, sram(0.05), SOURCES, 4096, chips=1)
+
+
+def test_a_stream_is_as_fast_on_any_stages_and_full_stages_pay():
+    points = serving.decode_points(LLAMA, sram(44), SOURCES, 4096, chips=8)
+    alone = next(p for p in points if p.b == 1)
+    whole = serving.decode_point(LLAMA, sram(200), SOURCES, Plan(tp=1), 1, 4096)
+    assert alone.tokens_per_s_per_user == pytest.approx(whole.tokens_per_s_per_user)  # layer after layer, wherever they lie
+    assert (alone.plan.flight, alone.users) == (2, 2)
+    assert alone.tokens_per_s_per_chip == pytest.approx(alone.tokens_per_s_per_user)
+    half = serving.decode_point(LLAMA, sram(44), SOURCES, replace(alone.plan, flight=1), 1, 4096)
+    assert half.tokens_per_s_per_chip == pytest.approx(alone.tokens_per_s_per_chip / 2)  # one of two stages always waits
+    memory = [serving.memory_parts(LLAMA, sram(44), replace(alone.plan, flight=f), 1, 4096, 1)["KV cache"] for f in (1, 2)]
+    assert memory == [4096 * 327_680 / 2, 4096 * 327_680]  # half the layers of one batch, or of two
+
+
+def test_unknown_links_of_sram_machines_are_not_counted_and_say_so():
+    x = serving.decode_points(V3, sram(2), SOURCES, 1024, chips=64)[0].step
+    moves = [p for p in x.parts if p.layer == "communication"]
+    assert moves and all((p.seconds, p.source, p.mark) == (0.0, serving.UNCOUNTED, "bound") for p in moves)
+    counted = serving.decode_points(V3, sram(2, links=True), SOURCES, 1024, chips=64)[0].step
+    assert all(p.seconds > 0 for p in counted.parts if p.layer == "communication")
+
+
+def test_chunks_follow_each_other_through_the_stages():
+    points = serving.prefill_points(LLAMA, sram(44), SOURCES, Workload(4096, 64), chips=1)
+    chunk = next(p for p in points if p.step.tokens == 256)
+    assert (chunk.plan.pp, chunk.plan.flight) == (2, 1)  # one prompt's chunks fill both stages
+    assert serving._first(LLAMA, chunk, Workload(4096, 64)) == pytest.approx((1 + 15 / 2) * chunk.seconds)
+
+
+@pytest.mark.parametrize("bad", [dict(pp=0), dict(flight=2), dict(drafts=-1), dict(acceptance=1.1), dict(micro_batches=3),
+                                 dict(comm_share=1.0), dict(overlap=1.5), dict(dispatch="int8"), dict(ep=6, tp=4), dict(tp=0),
+                                 dict(memory_share=0.0), dict(imbalance=0.5)])
 def test_bad_plans(bad):
     with pytest.raises(CostError, match=next(iter(bad))):
         Plan(**bad)
@@ -192,6 +240,47 @@ def test_cache_hits_save_prefill():
     assert 0.4 * none.prefill_seconds < half.prefill_seconds < 0.7 * none.prefill_seconds  # half, behind a longer prefix
 
 
+def tiered(gb=1.0, gb_per_s=1.0, dollars=0.73, hit=0.5, **more):
+    return Workload(4096, 1024, hit=hit, tier=Tier("ssd", gb * 1e9, gb_per_s * 1e9, dollars), **more)
+
+
+def test_a_tier_by_hand():
+    service = serving.serve(V3, CHIP, SOURCES, tiered(), chips=8)
+    plain = serving.serve(V3, CHIP, SOURCES, Workload(4096, 1024, hit=0.5), chips=8)
+    size, plan = 2048 * 70_272, service.prefill.plan  # the latent cache of a hit, on every chip of a group
+    assert service.load == pytest.approx(size / 1e9) == pytest.approx(0.1439, abs=1e-4)
+    assert service.prefixes == 6 * plan.groups  # 1 GB holds six hits of 0.144 GB
+    work = 2048 * service.prefill.chip_seconds_per_token
+    assert service.waits == pytest.approx(max(0, size / 1e9 * plan.tp - work)) and service.prefill_seconds == work + service.waits
+    assert service.first >= service.load and service.decode_seconds == plain.decode_seconds
+    assert tiered().tier.dollars_per_hour == pytest.approx(0.001)  # 1 GB at $0.73 a month of 730 h
+    quick = serving.serve(V3, CHIP, SOURCES, tiered(gb_per_s=1e4), chips=8)
+    assert quick.waits == 0 and quick.prefill_seconds == plain.prefill_seconds
+    assert quick.first == pytest.approx(plain.first + size / 1e13)
+
+
+def test_a_slow_tier_sets_the_pace_of_prefill():
+    service = serving.serve(V3, CHIP, SOURCES, tiered(gb_per_s=0.01), chips=8)
+    plan = service.prefill.plan
+    assert service.prefill_seconds == pytest.approx(2048 * 70_272 / 1e7 * plan.tp)  # 14.4 s of a group
+    with pytest.raises(CostError, match="first token within 10 s"):
+        serving.serve(V3, CHIP, SOURCES, tiered(gb_per_s=0.01, first=10), chips=8)
+
+
+def test_a_tier_too_small_for_a_hit_is_refused():
+    with pytest.raises(DoesNotFit, match=r"a hit of 2,048 tokens does not fit in ssd: 0.14 of 0.10 GB a chip"):
+        serving.serve(V3, CHIP, SOURCES, tiered(gb=0.1), chips=8)
+    # of grouped heads a chip keeps its own: 2,048 * 327,680 B = 0.67 GB whole, 0.08 GB on one of 8
+    assert serving.serve(LLAMA, CHIP, SOURCES, tiered(gb=0.1), chips=8).prefill.plan.tp == 8
+
+
+@pytest.mark.parametrize("bad, name", [(dict(gb=0), "bytes"), (dict(gb_per_s=-1), "bytes_per_s"),
+                                       (dict(dollars=-1), "dollars_per_gb_month"), (dict(hit=0.0), "hit")])
+def test_bad_tiers(bad, name):
+    with pytest.raises(CostError, match=f"{name} is .*, allowed"):
+        tiered(**bad)
+
+
 def test_pools_are_matched_in_whole_instances():
     service = serving.serve(V3, CHIP, SOURCES, Workload(4096, 1024, speed=20), chips=32)
     fill, decode = service.fleet(1000)
@@ -200,8 +289,19 @@ def test_pools_are_matched_in_whole_instances():
     assert sum(service.fleet(1000, utilisation=0.5)) == pytest.approx(2 * (fill + decode), rel=0.1)
 
 
+def test_one_pool_does_both():
+    service = serving.serve(V3, CHIP, SOURCES, Workload(4096, 1024, speed=20), chips=32, disaggregated=False)
+    chips = service.decode.plan.chips
+    fill, both = service.fleet(1000)
+    assert (fill, both % chips) == (0, 0) and both - chips < 1000 * service.chip_seconds <= both
+    assert service.tokens_per_s_per_chip == pytest.approx(1024 / service.chip_seconds)
+    x, steps = service.decode, 1024  # a step makes a token; meanwhile 1/1024 of each answer's prompt is prefilled
+    between = x.b * service.prefill_seconds / x.plan.tp / steps
+    assert service.speed == pytest.approx(1 / (x.seconds + between))
+
+
 def test_speeds_out_of_reach_are_refused():
-    with pytest.raises(CostError, match="no plan gives a user 1e\\+06 tokens/s.* the fastest decodes"):
+    with pytest.raises(CostError, match="no plan gives a user 1e\\+06 tokens/s.* the fastest gives"):
         serving.serve(LLAMA, CHIP, SOURCES, Workload(speed=1e6), chips=8)
     with pytest.raises(CostError, match="first token within 1e-09"):
         serving.serve(LLAMA, CHIP, SOURCES, Workload(first=1e-9), chips=8)

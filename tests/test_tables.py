@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from kernomics.contract import OPS
 from kernomics.cost import CostError, aic, infersim, tables
 from kernomics.cost.tables import IMPORTED, KINDS, TRANSFERRED, Table, Tables
 
@@ -34,6 +35,17 @@ def experts(dtype, classes, variant="balanced"):
 
 
 V3 = {"t": 100, "d": 7168, "n": 2048, "e": 256, "top_k": 8, "tp": 1, "ep": 8}
+
+@pytest.mark.parametrize("kind, op, asked, call", [
+    ("gemm", "fp8_gemm", dict(m=3, n=256, k=512), dict(m=3, n=256, k=512)),
+    ("mla_decode", "mla_decode", dict(b=3, s=100, h=16), dict(b=3, q=1, s=100, h=16, page=64)),
+    ("mla_prefill", "mla_prefill", dict(b=2, t=5, prefix=7, h=16), dict(b=2, t=10, s=24, h=16)),
+    ("moe", "moe_experts_bf16", dict(t=5, d=256, n=128, e=8, top_k=2, tp=1, ep=1), dict(t=5, d=256, n=128, e=8, top_k=2)),
+])
+def test_the_products_of_a_surface_are_those_of_the_op(kind, op, asked, call):
+    features = KINDS[kind].work(16, 16, *(asked[d] for d in KINDS[kind].dims))
+    assert features[3] == OPS[op].work(**call).flops
+
 
 # ---------------------------------------------------------------- answers
 

@@ -1,10 +1,15 @@
 """Chip-hours and chip prices: hand arithmetic, parts that sum, laws, and wrong inputs told by field, value and allowed."""
 
+import csv
+import io
+import json
 from math import exp, fsum
 
 import pytest
+from typer.testing import CliRunner
 
-from kernomics.cost import CostError, Unknown, chips, tco, vendor
+from kernomics.cli import VENDOR, app
+from kernomics.cost import CostError, Unknown, chips, economics, tco, vendor
 
 OWNED = dict(chip_dollars=20000, server_dollars=5000, network_dollars=3000, storage_dollars=1000,
              install_dollars=1000, watts=1000)
@@ -114,7 +119,7 @@ def test_a_build_by_hand():
     dies = 3.141592653589793 * (22500 / 100 - 300 / 200**0.5)  # 640.2
     built = 10000 / dies + 800 + 700 + 50 + 100
     parts = vendor.breakdown(v)
-    assert vendor.dies_per_wafer(100) == pytest.approx(dies) == pytest.approx(640.2, abs=0.1)
+    assert economics.dies_per_wafer(100) == pytest.approx(dies) == pytest.approx(640.2, abs=0.1)
     assert (parts["hbm"], parts["hbm_margin"]) == pytest.approx((320, 480))
     assert vendor.cost(v) == pytest.approx(built)
     assert parts["vendor"] == pytest.approx(3 * built)  # 75 % of the price is three times the cost
@@ -123,21 +128,21 @@ def test_a_build_by_hand():
 
 
 def test_yields_by_hand():
-    assert vendor.die_yield(100, 0.5, "poisson") == pytest.approx(exp(-0.5))
-    assert vendor.die_yield(100, 0.5, "murphy") == pytest.approx(((1 - exp(-0.5)) / 0.5) ** 2)
-    assert vendor.die_yield(100, 0.5, "negative_binomial", 2.0) == pytest.approx(1 / 1.25**2)
+    assert economics.die_yield(100, 0.5, "poisson") == pytest.approx(exp(-0.5))
+    assert economics.die_yield(100, 0.5, "murphy") == pytest.approx(((1 - exp(-0.5)) / 0.5) ** 2)
+    assert economics.die_yield(100, 0.5, "negative_binomial", 2.0) == pytest.approx(1 / 1.25**2)
 
 
 @pytest.mark.parametrize("model", ["poisson", "murphy", "negative_binomial"])
 def test_yield_laws(model):
-    assert vendor.die_yield(814, 0.0, model) == 1
-    assert vendor.die_yield(814, 1e-12, model) == pytest.approx(1)
-    falling = [vendor.die_yield(814, d / 20, model) for d in range(40)]
+    assert economics.die_yield(814, 0.0, model) == 1
+    assert economics.die_yield(814, 1e-12, model) == pytest.approx(1)
+    falling = [economics.die_yield(814, d / 20, model) for d in range(40)]
     assert falling == sorted(falling, reverse=True) and falling[-1] > 0
 
 
 def test_much_scattered_defects_are_poisson_and_clusters_yield_more():
-    poisson, spread, clustered = (vendor.die_yield(814, 0.1, m, a) for m, a in
+    poisson, spread, clustered = (economics.die_yield(814, 0.1, m, a) for m, a in
                                   (("poisson", 1), ("negative_binomial", 1e6), ("negative_binomial", 1)))
     assert spread == pytest.approx(poisson, rel=1e-5) and clustered > poisson
 
@@ -193,3 +198,60 @@ def test_an_h100_build_comes_near_the_published_cost():
     v = vendor.read(dict(die_mm2=814, wafer_dollars=16500, defects_per_cm2=0.1, hbm_gb=80, hbm_dollars_per_gb=16,
                          packaging_dollars=750, test_dollars=100, assembly_dollars=200))
     assert vendor.cost(v) == pytest.approx(chips.load()["h100"].get("cogs_dollars"), rel=0.25)
+
+
+# ---------------------------------------------------------------- the command
+
+H100 = ["--wafer-dollars", "16500", "--defects-per-cm2", "0.1", "--hbm-dollars-per-gb", "16", "--packaging-dollars", "750",
+        "--test-dollars", "100", "--assembly-dollars", "200"]
+CHAIN = ["--margins", "partner=0.2", "--margins", "vendor=0.75", "--margins", "cloud=0.5"]
+
+
+def told(*options):
+    return CliRunner().invoke(app, ["vendor", *map(str, options)])
+
+
+def test_every_field_of_a_vendor_has_an_option():
+    assert set(VENDOR) == set(vendor.Vendor.model_fields)
+
+
+def test_the_command_prints_a_stack_that_sums():
+    rows = json.loads(told("h100", *H100, *CHAIN, "--format", "json").output)
+    dollars = {r["part"]: r["dollars"] for r in rows}
+    assert dollars["hbm"] == 80 * 16  # chips.toml: 80 GB
+    good = economics.die_yield(814, 0.1, "negative_binomial", 3.0) * economics.dies_per_wafer(814)
+    assert dollars["silicon"] == pytest.approx(16500 / good)
+    built = sum(dollars[n] for n in vendor.PARTS)
+    assert dollars["partner"] == pytest.approx(built / 4) and dollars["vendor"] == pytest.approx(3 * built / 0.8)
+    assert rows[-1]["part"] == "cloud"
+    assert rows[-1]["dollars_so_far"] == pytest.approx(sum(dollars.values())) == pytest.approx(built / 0.8 / 0.25 / 0.5)
+    lines = list(csv.DictReader(io.StringIO(told("h100", *H100, *CHAIN, "--format", "csv").output)))
+    assert [float(x["dollars"]) for x in lines] == [r["dollars"] for r in rows]
+    text = told("h100", *H100, *CHAIN).output
+    assert f"{rows[-1]['dollars_so_far']:,.2f}" in text and "cost to build" in text and "vendor, 75 % margin" in text
+    assert "gross margin 90.0 %, margin over cost 900.0 %" in text  # 1 - 0.8 * 0.25 * 0.5, and 1 / 0.1 - 1
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_dies_share_the_chips_area_and_sram_machines_have_no_hbm():
+    rest = dict(wafer_dollars=1e4, defects_per_cm2=0.1, packaging_dollars=0.0, test_dollars=0.0, assembly_dollars=0.0)
+    two = vendor.from_chip(chips.load()["b200"], dies=2, hbm_dollars_per_gb=15.0, **rest)
+    assert (two.die_mm2, two.hbm_gb) == (800, 180)
+    assert vendor.parts(vendor.from_chip(chips.load()["gc200"], **rest))["hbm"] == 0
+    assert vendor.from_chip(chips.load()["gc200"], die_mm2=400.0, **rest).die_mm2 == 400
+    with pytest.raises(Unknown, match="h20: die_mm2 is unknown"):
+        vendor.from_chip(chips.load()["h20"], hbm_dollars_per_gb=15.0, **rest)
+
+
+@pytest.mark.parametrize("options, text", [
+    (["h300"], "chip is 'h300'"), (["h100"], "wafer_dollars is missing, allowed: $ of a processed wafer"),
+    (["h100", *H100, "--margins", "cloud"], "margins is 'cloud', allowed: name=share"),
+    (["h100", *H100, "--margins", "cloud=1.5"], "cloud has 1.5"),
+    (["h100", *H100, "--defects-per-cm2", "20"], "defects_per_cm2 is 20.0, allowed: less than or equal to 10"),
+    (["h100", *H100, "--yield-model", "seeds"], "'poisson', 'murphy' or 'negative_binomial'"),
+    (["h100", *H100, "--die-mm2", "60000"], "die_mm2 is 60000.0, allowed: an area that fits a wafer of 300 mm"),
+    (["h100", *H100, "--format", "xml"], "allowed: json, csv"), ([], "die_mm2 is missing"),
+])
+def test_wrong_options_are_told(options, text):
+    result = told(*options)
+    assert result.exit_code == 2 and text in result.output.replace("\n", " ")

@@ -12,14 +12,20 @@ SCENARIO = {  # an option for each field of cost.scenario.Scenario, where its de
     "model": (str, "deepseek-v2, -v3, -r1, -v3.2, kimi-k2, qwen3-235b-a22b, mixtral-8x7b, llama-3.1-70b, or a config.json."),
     "weights": (str, "dtype of projections: fp8 or bf16. Default: as the checkpoint."),
     "experts": (str, "dtype of routed experts: fp8, bf16 or nvfp4. Default: as --weights."),
-    "chip": (list[str], "A chip of chips.toml, of the bench records, or a TOML file of your own; repeatable."),
+    "chip": (list[str], "A chip of chips.toml, of the bench records, or a TOML file of your own; h100+h200 prefills on "
+                        "the one and decodes on the other; repeatable."),
     "tokens_in": (int, "Prompt tokens of a request [4096]."),
     "tokens_out": (int, "Answer tokens of a request [1024]."),
     "hit": (float, "Share of the prompt found in the prefix cache [0]."),
+    "tier": (str, "Memory beside the chips that keeps the prefix cache, as host or ssd; needs the three below. Default: hits lie "
+                  "in the chips' memory."),
+    "tier_gb": (float, "GB of it a chip."),
+    "tier_gb_per_s": (float, "GB/s from it into a chip."),
+    "tier_dollars_per_gb_month": (float, "$ of a GB of it and month."),
     "speed": (float, "Tokens/s that a user gets at least [0]."),
     "first": (float, "Seconds to the first token at most."),
     "disaggregated": (bool, "Prefill and decode on pools of their own [yes]."),
-    "chips": (int, "Chips of an instance at most [64]."),
+    "chips": (int, "Chips of an instance at most; where SRAM is the only memory, of a stage of layers [64]."),
     "cache": (str, "dtype of the KV cache: bf16 or fp8 [bf16]."),
     "drafts": (int, "Tokens drafted a step by the MTP module [0]."),
     "acceptance": (float, "Chance that a draft is right [0.85]."),
@@ -33,10 +39,35 @@ SCENARIO = {  # an option for each field of cost.scenario.Scenario, where its de
     "bandwidth_share": (float, "Share of the memory bandwidth that such calls reach [1: a bound]."),
     "memory_share": (float, "Share of a chip's memory for weights and cache [0.9]."),
     "dollars_per_hour": (list[str], "h200=2.5, repeatable. Default: the rental of chips.toml."),
+    "tco": (list[str], "Own the chips: a field of the tco command, as server_dollars=25000; repeatable. In a file: [tco], and "
+                       "[tco.h200] of one chip. $/h is then what an hour costs an owner."),
     "uncertain": (list[str], "Range of an input: bandwidth_share=0.7..0.9, dollars_per_hour=1.5..2..3; repeatable."),
+    "allocation": (str, "Who pays: time (chip time of each kind of token), price (what it sells for), pool (each its own pool). "
+                        "Default: pool; time where prefill and decode share one."),
+    "sold": (list[str], "$/Mtoken that tokens sell for, of the allocation by price: in=0.55, cached=0.14, out=2.19; repeatable."),
+    "load": (str, "A load to size a fleet for: '20 requests/s', or '50k tokens/s' of answers."),
     "utilisation": (float, "Share of the paid hours that serve [1]."),
     "records": (str, "Bench records: a .jsonl file or a folder. Default: the installed ones."),
     "tables": (list[str], "Imported measurements: aic, infersim:<folder>, or a .csv or .parquet file; repeatable."),
+}
+
+
+VENDOR = {  # an option for each field of cost.vendor.Vendor, where its range stands
+    "die_mm2": (float, "mm2 of one compute die. Default: the chip's, shared out among --dies."),
+    "dies": (int, "Compute dies in the package [1]."),
+    "wafer_dollars": (float, "$ of a processed wafer."),
+    "wafer_mm": (float, "mm across the wafer [300]."),
+    "defects_per_cm2": (float, "Defects per cm2."),
+    "yield_model": (str, "poisson, murphy or negative_binomial [negative_binomial]."),
+    "alpha": (float, "Clustering of defects, of negative_binomial only [3]."),
+    "hbm_gb": (float, "GB of HBM in the package. Default: the chip's memory, 0 where it is no HBM."),
+    "hbm_dollars_per_gb": (float, "$ per GB that the vendor pays, supplier's margin within."),
+    "hbm_margin": (float, "Gross margin of the HBM supplier, share of its price [0]."),
+    "packaging_dollars": (float, "$ of interposer, substrate and bonding."),
+    "test_dollars": (float, "$ of tests."),
+    "assembly_dollars": (float, "$ of module and board."),
+    "margins": (list[str], "Gross margin, from the chip up to the end price: partner=0.1, vendor=0.75, cloud=0.4, api=0.5 ...; "
+                           "repeatable, in order."),
 }
 
 
@@ -45,27 +76,37 @@ def _refuse(command, error):
     raise typer.Exit(2) from None
 
 
-def scenario_command(function):
-    """Register ``function(scenario, **own options)`` as a command with the options of SCENARIO before its own."""
-    own = [p.replace(kind=p.KEYWORD_ONLY) for n, p in inspect.signature(function).parameters.items() if n != "scenario"]
+def _command(function, table, read):
+    """Register ``function(read(**options of table), **own options)`` as a command, the table's options before its own."""
+    _, *own = (p.replace(kind=p.KEYWORD_ONLY) for p in inspect.signature(function).parameters.values())
 
     def command(**options):
-        from kernomics.cost import CostError, scenario
+        from kernomics.cost import CostError
 
         mine = {p.name: options.pop(p.name) for p in own}
         try:
-            return function(scenario.from_options(**options), **mine)
+            return function(read(**options), **mine)
         except CostError as error:
             _refuse(function.__name__, error)
 
     shared = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind,
                                 default=typer.Option([] if kind == list[str] else None, help=text))
-              for name, (kind, text) in SCENARIO.items()]
+              for name, (kind, text) in table.items()]
     command.__signature__ = inspect.Signature([*shared, *own])
     command.__annotations__ = {p.name: p.annotation for p in (*shared, *own)}
     command.__name__, command.__doc__ = function.__name__, function.__doc__
     app.command()(command)
     return function
+
+
+def scenario_command(function):
+    """Register ``function(scenario, **own options)`` as a command with the options of SCENARIO."""
+    def read(**options):
+        from kernomics.cost import scenario
+
+        return scenario.from_options(**options)
+
+    return _command(function, SCENARIO, read)
 
 
 FORMAT = typer.Option(None, "--format", help="json or csv in place of tables.")
@@ -82,25 +123,47 @@ def compare(scenario, format: str = FORMAT):
     with console.progress() as bar:
         task = bar.add_task("", total=len(chips))
         rows = answers.compare(scenario, sources, chips, lambda c: bar.update(task, description=c.key, advance=1))
+    sram = any(c.memory == "sram" for a in rows if a.service for c in a.chip.pools)  # bought for the speed of one user
+    streams = {a.chip.key: answers.stream(scenario, sources, a) for a in rows if a.service and sram}
     if format:
-        print(console.write([console.answer_dict(a) for a in rows], format))
+        alone = {key: console.stream_dict(x) for key, x in streams.items()}
+        print(console.write([{**console.answer_dict(a), **alone.get(a.chip.key, {})} for a in rows], format))
     else:
         console.show_compare(scenario, rows)
+        if streams:
+            console.show_streams(streams.values())
 
 
 @scenario_command
 def pareto(scenario, format: str = FORMAT):
-    """Throughput of a chip against the speed of a user: the decode plans and batches that no other beats in both."""
+    """Throughput of a chip against the speed of a user: the plans and batches that no other beats in both, and their $."""
     from kernomics.cost import compare as answers
     from kernomics.cost import console
 
     sources, measured = scenario.sources()
     rows = []
     for chip in scenario.load_chips(measured):
-        points = answers.pareto(scenario, sources, chip)
-        rows += [console.point_dict(chip, scenario.dollars(chip), p) for p in points]
+        found = answers.pareto(scenario, sources, chip)
+        rows += [console.answer_dict(a) for a in found]
         if not format:
-            console.show_pareto(scenario, chip, scenario.dollars(chip), points)
+            console.show_pareto(scenario, chip, found)
+    if format:
+        print(console.write(rows, format))
+
+
+@scenario_command
+def sweep(scenario, context: str = typer.Option("1k,4k,16k,64k", help="Prompt tokens, k for 1024."), format: str = FORMAT):
+    """How price, speed and room for users change with the length of the prompts, chip by chip."""
+    from kernomics.cost import compare as answers
+    from kernomics.cost import console
+
+    sources, measured = scenario.sources()
+    contexts, rows = console.lengths(context), []
+    for chip in scenario.load_chips(measured):
+        found = answers.sweep(scenario, sources, chip, contexts)
+        rows += [{"tokens_in": s, **console.answer_dict(a)} for s, a in found]
+        if not format:
+            console.show_sweep(scenario, chip, found)
     if format:
         print(console.write(rows, format))
 
@@ -119,6 +182,8 @@ def explain(scenario, format: str = FORMAT):
         print(console.write(console.tree_dict(answers.explain(answer)), format))
     else:
         console.show_explain(answer)
+
+
 @scenario_command
 def report(scenario, out: str = typer.Option("out/report.html", help="Where to write the page.")):
     """One HTML page: chips side by side, Pareto fronts, where money and time go, rooflines, what is uncertain."""
@@ -197,6 +262,23 @@ def tco(
         _refuse("tco", error)
 
 
+def vendor(fields, chip: str = typer.Argument(None, help="A chip of chips.toml, or a TOML file of your own."),
+           format: str = FORMAT):
+    """What a chip costs to build, part by part, and who earns how much up to the end price."""
+    from kernomics.cost import chips, console
+    from kernomics.cost import vendor as stack
+
+    given = {k: v for k, v in fields.items() if v is not None and v != []}
+    if "margins" in given:
+        given["margins"] = console.numbers(given["margins"], "margins", "name=share, as vendor=0.75")
+    known = chips.find(chip) if chip else None
+    read = stack.from_chip(known, **given) if known else stack.read(given)
+    console.show_vendor(known.name if known else "A chip", read, format)
+
+
+_command(vendor, VENDOR, dict)
+
+
 @app.command()
 def validate(
     only: str = typer.Option(None, help="One target, as B5 or B7."),
@@ -255,6 +337,21 @@ def price(
         _refuse("price", error)
 
 
+def _bench_gpu(ops, results, peers, dry):
+    try:
+        import torch
+
+        from kernomics.bench import gpu
+    except ImportError as error:
+        _refuse("bench --gpu", error)
+    if dry:
+        gpu.dry(ops)
+    elif not torch.cuda.is_available():
+        _refuse("bench --gpu", "torch sees no GPU; --dry lists the rows")
+    elif any(row["failed"] for row in gpu.main(ops, results, peers)):
+        raise typer.Exit(1)
+
+
 @app.command()
 def bench(
     op: list[str] = typer.Option([], help="Only this op; repeatable."),
@@ -264,10 +361,16 @@ def bench(
     peers: bool = typer.Option(True, help="Time what PyTorch offers for the same call, too."),
     record: bool = typer.Option(False, "--record", help="Write the records to bench/results instead of out/bench.jsonl."),
     results: str = typer.Option(None, help="Write the records to this folder, one file a chip."),
+    gpu: bool = typer.Option(False, "--gpu", help="The kernels of this machine's GPU in place of the CPU's."),
+    dry: bool = typer.Option(False, "--dry", help="With --gpu: list the rows and load each kernel, without a GPU."),
 ):
-    """Judge every CPU kernel against its definition, then time it beside this machine's limits and PyTorch."""
-    from kernomics.bench import run
+    """Judge every kernel against its definition, then time it beside this machine's limits, PyTorch and other libraries."""
     from kernomics.contract import ContractError
+
+    if gpu:
+        _bench_gpu(op or None, results, peers, dry)
+        return
+    from kernomics.bench import run
 
     try:
         rows = run.main(op or None, None, isa, threads, quick, results or record or None, peers)
@@ -275,3 +378,32 @@ def bench(
         _refuse("bench", error)
     if any(row.failed for row in rows):
         raise typer.Exit(1)
+
+
+@app.command()
+def warmup(
+    model: str = typer.Option("deepseek-v3", help="A shipped model or a config.json."),
+    chip: str = typer.Option(None, help="sm80, sm90, sm100, sm120, gfx942 or gfx950: needs no GPU. Default: the GPU at hand."),
+    tokens: str = typer.Option(None, help="Tokens of a step, as 1,64,4096. Default: twenty counts from 1 to 8192."),
+):
+    """Compile every Triton kernel that a model's steps use into Triton's cache, so that no request waits for a compiler."""
+    try:
+        import torch
+        from rich.progress import track
+
+        from kernomics import chip as chips
+        from kernomics.cost.model import Model
+        from kernomics.triton_kernels import warmup as warm
+    except ImportError as error:
+        _refuse("warmup", error)
+    if chip is not None and chip not in chips.FAMILIES:
+        _refuse("warmup", f"chip is {chip!r}, expected one of {', '.join(chips.FAMILIES)}")
+    if chip is None and not torch.cuda.is_available():
+        _refuse("warmup", "torch sees no GPU; name one, as --chip sm90")
+    if tokens is not None and not all(t.isdigit() and int(t) for t in tokens.split(",")):
+        _refuse("warmup", f"tokens is {tokens!r}, expected positive ints, as 1,64,4096")
+    counts = tuple(map(int, tokens.split(","))) if tokens else warm.TOKENS
+    target = chips.FAMILIES[chip] if chip else chips.current(torch.cuda.current_device())
+    jobs = warm.jobs(Model.load(model), target, counts)
+    for launch in track(jobs.values(), f"{len(jobs)} kernels for {target.family}"):
+        warm.compiled(launch, target if chip else None)

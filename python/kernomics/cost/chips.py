@@ -45,6 +45,7 @@ class Chip:
     name: str
     figures: dict  # figure name -> Figure; one that is absent is unknown
     memory: str = "hbm"
+    mixed = False  # one chip for both pools
 
     def get(self, figure):
         """The figure's value in SI units; None where it is unknown."""
@@ -57,6 +58,32 @@ class Chip:
         if value is None:
             raise Unknown(f"{self.key}: {figure} is unknown")
         return value
+
+    @property
+    def pools(self):
+        """(the chip that prefills, the chip that decodes)"""
+        return self, self
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two chips for the pools of disaggregated serving: one prefills, the other decodes."""
+
+    prefill: Chip
+    decode: Chip
+    mixed = True
+
+    @property
+    def key(self):
+        return f"{self.prefill.key}+{self.decode.key}"
+
+    @property
+    def name(self):
+        return f"{self.prefill.name} + {self.decode.name}"
+
+    @property
+    def pools(self):
+        return self.prefill, self.decode
 
 
 def check(key, table, file="chips.toml", sources=None, notes=None, default=None):

@@ -504,7 +504,7 @@ def _cogs(x):
 
 
 _claim(144, 4, "HBM, not the foundry, is the largest cost of an H100", "per_gb", 10, _cogs, memory=chip("h100", "memory_bytes"),
-       per_gb=assumed(17.5), wafer=assumed(16000), die=chip("h100", "die_mm2"), defects=assumed(0.001), packaging=assumed(700))
+       per_gb=assumed(17.5), wafer=assumed(16000), die=chip("h100", "die_mm2"), defects=assumed(0.1), packaging=assumed(700))
 
 
 def _memory_share(x):
@@ -516,7 +516,7 @@ def _memory_share(x):
 _claim(145, 4, "From Hopper to Blackwell HBM's share of cost grew faster than silicon's", "new_per_gb", 10, _memory_share,
        old_memory=chip("h100", "memory_bytes"), new_memory=chip("b200", "memory_bytes"), old_die=chip("h100", "die_mm2"),
        new_die=chip("b200", "die_mm2"), old_per_gb=assumed(17.5), new_per_gb=assumed(17.5), wafer=assumed(16000),
-       defects=assumed(0.001))
+       defects=assumed(0.1))
 
 
 def _amd_memory(x):

@@ -1,10 +1,17 @@
 """Chips side by side on one workload, the trade of one chip, and where each microsecond and cent goes."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import exp, fsum, log
 
 from kernomics.cost import CostError, serving, wrong
-from kernomics.cost.economics import dollars_per_mtoken
+from kernomics.cost.economics import (
+    allocate_by_pool,
+    allocate_by_price,
+    allocate_by_time,
+    chips_needed,
+    dollars_per_mtoken,
+    mtoken_costs,
+)
 from kernomics.cost.measured import MARKS
 
 
@@ -12,47 +19,102 @@ from kernomics.cost.measured import MARKS
 class Answer:
     """A chip's cheapest service of a scenario, and its price; ``why`` says what stands in the way of one."""
 
-    chip: object
+    chip: object  # or a Pair
     service: serving.Service | None
-    dollars_per_hour: float | None
+    rents: tuple  # $/h of a chip that prefills, of one that decodes; None where unknown
     utilisation: float = 1.0
+    allocation: str = "time"
+    sold: dict = field(default_factory=dict)  # {kind of token: $/Mtoken}, of the allocation by price
+    requests_per_s: float | None = None  # a load to size a fleet for
+    rent_sources: tuple = ("rented", "rented")  # given, owned, rented, or why a price is unknown
     why: str = ""
 
-    def _dollars(self, chip_seconds, tokens):
-        if self.dollars_per_hour is None or self.service is None or not tokens:
+    @property
+    def dollars_per_hour(self):
+        """$/(chip*h), of both pools' chips as they are matched; None where a price is unknown."""
+        fill, decode = self.rents
+        if fill == decode or self.service is None or None in self.rents:
+            return fill if fill == decode else None
+        return fill * self.service.prefill_share + decode * (1 - self.service.prefill_share)
+
+    @property
+    def request_dollars(self):
+        """$ of a request = sum over pools of chip*s / (3600 s/h) * $/(chip*h) / utilisation; None where a price is unknown."""
+        if None in self.rents or self.service is None:
             return None
-        return dollars_per_mtoken(self.dollars_per_hour / self.utilisation, tokens / chip_seconds)
+        s, (fill, decode) = self.service, self.rents
+        dollars = s.prefill_seconds * fill + s.decode_seconds * decode + s.tiered_seconds * self.tier_rent
+        return dollars / 3600 / self.utilisation
+
+    @property
+    def tier_rent(self):
+        """$/h of a chip's tier of the prefix cache, beside the chip's own."""
+        tier = self.service.workload.tier
+        return tier.dollars_per_hour if tier else 0.0
+
+    @property
+    def mtoken(self):
+        """{kind: $/Mtoken} of the tokens in (prefilled), cached and out: the cost of a request, as allocated."""
+        dollars = self.request_dollars
+        if dollars is None:
+            return {}
+        s, tokens = self.service, self.service.workload.tokens
+        if not dollars:
+            return dict.fromkeys((k for k, n in tokens.items() if n), 0.0)
+        if self.allocation == "time":
+            costs = allocate_by_time(dollars, {"in": s.prefill_seconds - s.waits, "cached": s.waits, "out": s.decode_seconds})
+        elif self.allocation == "pool":
+            rents = dict(zip(("in", "cached", "out"), (self.rents[0], self.tier_rent, self.rents[1])))
+            costs = allocate_by_pool(dollars, {kind: (chips, rents[kind]) for kind, chips in s.pools.items()})
+        else:
+            costs = allocate_by_price(dollars, {k: n for k, n in tokens.items() if n}, self.sold)
+        return mtoken_costs(costs, tokens)
 
     @property
     def dollars_in(self):
-        """$/Mtoken of prompt tokens that are computed: the prefill pool's chip time over them."""
-        return self._dollars(self.service and self.service.prefill_seconds, self.service and self.service.workload.fresh)
+        """$/Mtoken of prompt tokens that are computed."""
+        return self.mtoken.get("in")
+
+    @property
+    def dollars_cached(self):
+        """$/Mtoken of prompt tokens found in the cache; None where there are none."""
+        return self.mtoken.get("cached")
 
     @property
     def dollars_out(self):
-        """$/Mtoken of answer tokens: the decode pool's chip time over them."""
-        return self._dollars(self.service and self.service.decode_seconds, self.service and self.service.workload.tokens_out)
+        """$/Mtoken of answer tokens."""
+        return self.mtoken.get("out")
 
     @property
     def dollars(self):
-        """$/Mtoken of all tokens of a request, cached ones included: both pools."""
-        w = self.service and self.service.workload
-        return self._dollars(self.service and self.service.chip_seconds, w and w.tokens_in + w.tokens_out)
+        """$/Mtoken of all tokens of a request, cached ones included: the blend, the same under any allocation."""
+        dollars = self.request_dollars
+        return dollars if dollars is None else dollars / sum(self.service.workload.tokens.values()) * 1e6
+
+    @property
+    def fleet(self):
+        """The Fleet for the load: whole instances, busy for the share ``utilisation`` of the hours; None without a load."""
+        asked = self.requests_per_s
+        return self.service and asked and Fleet(self, asked, *self.service.fleet(asked, self.utilisation))
+
+    @property
+    def watts(self):
+        """All-in power (thermal design power where that is unknown) of a chip that prefills, of one that decodes."""
+        return tuple(chip.get("all_in_watts") or chip.get("tdp_watts") for chip in self.chip.pools)
 
     @property
     def joules_out(self):
-        """J per answer token: all-in power (thermal design power where that is unknown) times decode chip time."""
-        return self.service and self._watts and self._watts * self.service.decode.chip_seconds_per_token
+        """J per answer token: power times decode chip time."""
+        _, watts = self.watts
+        return self.service and watts and watts * self.service.decode.chip_seconds_per_token
 
     @property
     def tokens_per_s_per_mw(self):
         """Answer tokens per second and megawatt of both pools."""
-        s = self.service
-        return s and self._watts and s.workload.tokens_out / s.chip_seconds / (self._watts / 1e6)
-
-    @property
-    def _watts(self):
-        return self.chip.get("all_in_watts") or self.chip.get("tdp_watts")
+        s, (fill, decode) = self.service, self.watts
+        if not (s and fill and decode):
+            return None
+        return s.workload.tokens_out / (s.prefill_seconds * fill + s.decode_seconds * decode) * 1e6
 
     @property
     def share(self):
@@ -62,27 +124,94 @@ class Answer:
         return {m: sum(share[m] * w for share, w in parts) / s.chip_seconds for m in MARKS}
 
 
+@dataclass(frozen=True)
+class Fleet:
+    """Chips that serve a load."""
+
+    answer: Answer
+    requests_per_s: float
+    prefill: int  # chips
+    decode: int
+
+    @property
+    def chips(self):
+        return self.prefill + self.decode
+
+    @property
+    def nodes(self):
+        """Scale-up domains, a pool's chips in domains of their own; None where a domain is unknown."""
+        domains = [chip.get("scale_up_domain") for chip in self.answer.chip.pools]
+        return None if None in domains else sum(map(chips_needed, (self.prefill, self.decode), domains))
+
+    @property
+    def dollars_per_hour(self):
+        """$/h = sum over pools of chip * $/(chip*h), idle hours within; None where a price is unknown."""
+        rents = self.answer.rents
+        if None in rents:
+            return None
+        tiered = self.prefill if self.answer.service.disaggregated else self.decode
+        return self.prefill * rents[0] + self.decode * rents[1] + tiered * self.answer.tier_rent
+
+    @property
+    def dollars(self):
+        """$/Mtoken of all tokens, whole instances paid."""
+        tokens = self.requests_per_s * sum(self.answer.service.workload.tokens.values())
+        return self.dollars_per_hour and dollars_per_mtoken(self.dollars_per_hour, tokens)
+
+
 def compare(scenario, sources, chips, each=None):
     """[Answer] of every chip, cheapest first, then those without a price, then those without an answer."""
     model, answers = scenario.load_model(), []
     for chip in chips:
         if each:
             each(chip)
-        dollars = scenario.dollars(chip)
         try:
-            service = serving.serve(model, chip, sources, scenario.workload(), chips=scenario.chips, base=scenario.plan(),
-                                    disaggregated=scenario.disaggregated)
-            answers.append(Answer(chip, service, dollars, scenario.utilisation))
+            answers.append(_answer(scenario, chip, serving.serve(model, chip, sources, scenario.workload(), **scenario.setup())))
         except CostError as error:
-            answers.append(Answer(chip, None, dollars, scenario.utilisation, str(error)))
+            answers.append(_answer(scenario, chip, None, str(error)))
     return sorted(answers, key=lambda a: (a.service is None, a.dollars is None, a.dollars or 0.0))
 
 
 def pareto(scenario, sources, chip):
-    """The front of decode points of a chip at the workload's mean context, fastest user first."""
+    """[Answer] of the front of a chip's services, fastest user first: no plan and batch beats these in both speeds."""
+    found = serving.services(scenario.load_model(), chip, sources, scenario.workload(), **scenario.setup())
+    return [_answer(scenario, chip, s) for s in serving.front(found)]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One user alone on a chip's fastest plan, beside the fewest chips that hold the model and a sequence."""
+
+    chip: object
+    fewest: int
+    point: serving.Point
+    dollars: float | None  # $/Mtoken out, all chips of the instance paid
+
+    @property
+    def uncounted(self):
+        """Communication over links that nobody has published is left out."""
+        return any(p.source == serving.UNCOUNTED for p in self.point.step.parts)
+
+
+def stream(scenario, sources, answer):
+    """The Stream of an answer's decoding chip: $/Mtoken = $/(chip*h) * chip / (3600 s/h) / (token/s) * 1e6."""
+    (_, chip), (_, rent) = answer.chip.pools, answer.rents
     points = serving.decode_points(scenario.load_model(), chip, sources, scenario.workload().mean_context, chips=scenario.chips,
                                    base=scenario.plan())
-    return serving.front(points)
+    p = max((p for p in points if p.b == 1), key=lambda p: (p.tokens_per_s_per_user, -p.plan.chips))
+    dollars = None if rent is None else dollars_per_mtoken(p.plan.chips * rent / answer.utilisation, p.tokens_per_s_per_user)
+    return Stream(answer.chip, min(x.plan.chips for x in points), p, dollars)
+
+
+def sweep(scenario, sources, chip, contexts):
+    """[(prompt tokens, Answer)] of a chip as prompts grow."""
+    return [(s, *compare(scenario.model_copy(update={"tokens_in": s}), sources, [chip])) for s in contexts]
+
+
+def _answer(scenario, chip, service, why=""):
+    rents, where = zip(*map(scenario.rent, chip.pools))
+    return Answer(chip, service, rents, scenario.utilisation, scenario.named_allocation, scenario.sold, scenario.requests_per_s,
+                  where, why)
 
 
 def held(scenario, sources, answer):
@@ -91,6 +220,7 @@ def held(scenario, sources, answer):
     An input is a field of the scenario, ``dollars_per_hour``, or a figure of the chip.
     """
     s, model, w = answer.service, answer.service.model, answer.service.workload
+    _one_chip(answer)
 
     def price(**inputs):
         figures = {n: v for n, v in inputs.items() if n in answer.chip.figures and n != "dollars_per_hour"}
@@ -101,12 +231,14 @@ def held(scenario, sources, answer):
         plan = {n: getattr(asked, n) for n in PLAN}
         calls = type(sources)(sources.measured, sources.tables, asked.call_latency, asked.bandwidth_share)
         decode = serving.decode_point(model, chip, calls, replace(s.decode.plan, **plan), s.decode.b, w.mean_context)
-        fresh = max(1, round(w.tokens_in * (1 - asked.hit)))
+        load = replace(w, hit=asked.hit)
         fill = serving.prefill_point(model, chip, calls, replace(s.prefill.plan, **{**plan, "drafts": 0}),
-                                     int(s.prefill.step.tokens), fresh, w.tokens_in - fresh)
-        seconds = fresh * fill.chip_seconds_per_token + w.tokens_out * decode.chip_seconds_per_token
+                                     int(s.prefill.step.tokens), load.fresh, load.tokens["cached"])
+        work, waits = serving.prefill_seconds(model, load, fill)
+        held = replace(s, workload=load, prefill_seconds=work + waits, waits=waits,
+                       decode_seconds=w.tokens_out * decode.chip_seconds_per_token)
         dollars = inputs.get("dollars_per_hour", answer.dollars_per_hour)
-        return dollars_per_mtoken(dollars / asked.utilisation, (w.tokens_in + w.tokens_out) / seconds)
+        return replace(answer, service=held, rents=(dollars, dollars), utilisation=asked.utilisation).dollars
 
     return price
 
@@ -133,6 +265,11 @@ def speedup(before, after, op):
     return exp(fsum(log(old[k] / new[k]) for k in both) / len(both))
 
 
+def _one_chip(answer):
+    if answer.chip.mixed:
+        raise wrong("chip", answer.chip.key, "one chip, whose figures are varied")
+
+
 PLAN = ("acceptance", "imbalance", "comm_share", "overlap", "alpha", "step_overhead", "memory_share", "drafts")
 
 
@@ -140,6 +277,7 @@ def inputs_of(scenario, answer):
     """name -> uncertainty.Input of the scenario's ranges; a CostError for a name that is no input."""
     from kernomics.cost import uncertainty
 
+    _one_chip(answer)
     floats = [n for n, f in type(scenario).model_fields.items() if f.annotation is float and n not in ("speed", "first")]
     allowed = [*floats, *(n for n, f in answer.chip.figures.items() if f.value is not None)]
     found = {}
@@ -168,23 +306,26 @@ class Node:
 def explain(answer):
     """The answer as a tree: request -> phase -> layer -> operator, in chip-seconds and $ of a million requests' tokens."""
     s, w = answer.service, answer.service.workload
-    phases = ((f"prefill, {s.prefill.plan.text()}, {s.prefill.step.tokens:g} tokens a step", s.prefill, s.prefill_seconds,
+    fill, decode = (f" on {c.key}" if answer.chip.mixed else "" for c in answer.chip.pools)
+    phases = ((f"prefill{fill}, {s.prefill.plan.text()}, {s.prefill.step.tokens:g} tokens a step", s.prefill, s.prefill_seconds,
                answer.dollars_in, w.fresh),
-              (f"decode, {s.decode.plan.text()}, {s.decode.b} sequences a group", s.decode, s.decode_seconds, answer.dollars_out,
-               w.tokens_out))
+              (f"decode{decode}, {s.decode.plan.text()}, {s.decode.b} sequences a group", s.decode, s.decode_seconds,
+               answer.dollars_out, w.tokens_out))
     nodes = []
     for name, point, seconds, dollars, tokens in phases:
-        total = sum(p.total for p in point.step.parts)
-        layers = {}
+        total, waits = sum(p.total for p in point.step.parts), s.waits if point is s.prefill else 0.0
+        worked, each, layers = seconds - waits, dollars and dollars / seconds, {}
         for p in point.step.parts:
             layers.setdefault(p.layer, []).append(p)
         children = []
         for layer, parts in layers.items():
-            scale = seconds / total  # of a step's seconds to chip-seconds of a request
-            leaves = [Node(p.name, p.total * scale, None if dollars is None else dollars * p.total / total, p.mark, p.source,
+            scale = worked / total  # of a step's seconds to chip-seconds of a request
+            leaves = [Node(p.name, p.total * scale, each and each * p.total * scale, p.mark, p.source,
                            f"{p.count:g} x {p.seconds * 1e6:.1f} us") for p in parts]
             children.append(Node(layer, sum(x.seconds for x in leaves),
                                  None if dollars is None else sum(x.dollars for x in leaves), children=tuple(leaves)))
+        if waits:
+            children.append(Node(f"waits for {w.tier.name}", waits, each and each * waits))
         hidden = total - (point.seconds - point.plan.step_overhead)
         note = f"step {point.seconds * 1e3:.2f} ms" + (f", {hidden * 1e3:.2f} ms more hidden by overlap" if hidden > 1e-9 else "")
         nodes.append(Node(name, seconds, dollars, point.mark, note=f"{note}; {tokens:,} tokens a request",

@@ -1,4 +1,4 @@
-"""What ``compare``, ``pareto`` and ``explain`` print, and write as JSON and CSV."""
+"""What the commands of the cost model print, and write as JSON and CSV."""
 
 import csv
 import io
@@ -11,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from kernomics.cost import CostError, wrong
+from kernomics.cost import CostError, economics, wrong
 from kernomics.cost import compare as answers
 from kernomics.cost import tco as costs
-from kernomics.cost.economics import dollars_per_mtoken
+from kernomics.cost import vendor as stack
 from kernomics.cost.measured import MARKS
 from kernomics.cost.report import SIGN, WIDTH, money, seconds_text, si
 
@@ -46,19 +46,68 @@ def shares(share):
 # ---------------------------------------------------------------- compare
 
 
+ALLOCATED = {
+    "time": "Cost allocated by time: each kind of token pays for the chip time it takes, cached ones for waits alone.",
+    "price": "Cost allocated by price: each kind of token pays by what it sells for, so all earn one margin.",
+    "pool": "Cost allocated by pool: tokens in pay for the chips that prefill, tokens out for those that decode, cached ones "
+            "for the tier that keeps them, if any.",
+}
+
+
+def rent_text(chip, dollars, source):
+    """How the $/h of a chip that is owned comes about; nothing where it is rented or given."""
+    if source in ("given", "rented"):
+        return ""
+    return f"{chip.key}: owned at ${dollars:.3f} an available hour, by the scenario's [tco]" if source == "owned" else source
+
+
+def tier_text(a):
+    """What the tier of a chip's prefix cache does."""
+    s, tier = a.service, a.service.workload.tier
+    return (f"{a.chip.key}: a hit is loaded from {tier.name} in {seconds_text(s.load)}; an instance of {s.prefill.plan.chips} "
+            f"keeps {s.prefixes:,} of them, at ${money(a.tier_rent)} a chip-hour more" +
+            (f"; loading keeps the chips waiting for {100 * s.waits / s.prefill_seconds:.0f} % of prefill" if s.waits else ""))
+
+
+def money_heads(rows):
+    """{column: kind of token}: what is in, cached where there is any, out, and the blend of all."""
+    cached = any(a.service and a.service.workload.tokens["cached"] for a in rows)
+    return {f"$/Mtok\n{kind}": kind for kind in ("in", *["cached"] * cached, "out", "all")}
+
+
+def money_cells(a, kinds):
+    return [money(a.dollars if kind == "all" else a.mtoken.get(kind)) for kind in kinds.values()]
+
+
 def answer_dict(a):
     """One answer, SI units and dollars."""
-    known = {"chip": a.chip.key, "dollars_per_hour": a.dollars_per_hour, "why": a.why}
+    known = {"chip": a.chip.key, "dollars_per_hour": a.dollars_per_hour,
+             "dollars_are": "; ".join(dict.fromkeys(a.rent_sources)), "why": a.why}
+    if a.chip.mixed:
+        known |= dict(zip(("prefill_dollars_per_hour", "decode_dollars_per_hour"), a.rents))
     s = a.service
     if s is None:
         return known
-    return {**known, "dollars_per_mtoken_in": a.dollars_in, "dollars_per_mtoken_out": a.dollars_out,
+    return {**known, "allocation": a.allocation, "dollars_per_mtoken_in": a.dollars_in,
+            "dollars_per_mtoken_cached": a.dollars_cached, "dollars_per_mtoken_out": a.dollars_out,
             "dollars_per_mtoken": a.dollars, "decode_plan": s.decode.plan.text(), "prefill_plan": s.prefill.plan.text(),
-            "sequences_per_group": s.decode.b, "tokens_per_s_per_user": s.speed,
-            "tokens_per_s_per_chip": s.decode.tokens_per_s_per_chip, "prefill_tokens_per_s_per_chip":
-            s.prefill.tokens_per_s_per_chip, "first_token_s": s.first, "prefill_share_of_chips": s.prefill_share,
+            "sequences_per_group": s.decode.b, "tokens_per_s_per_user": s.speed, "tokens_per_s_per_chip": s.tokens_per_s_per_chip,
+            "step_s": s.decode.seconds, "mark": s.mark, "prefill_tokens_per_s_per_chip": s.prefill.tokens_per_s_per_chip,
+            "first_token_s": s.first, "prefill_share_of_chips": s.prefill_share,
             "joules_per_token_out": a.joules_out, "tokens_per_s_per_mw": a.tokens_per_s_per_mw,
-            "share": {k: v for k, v in a.share.items() if v}}
+            "share": {k: v for k, v in a.share.items() if v}, **(tier_dict(a) if s.workload.tier else {}),
+            **(fleet_dict(a.fleet) if a.fleet else {})}
+
+
+def tier_dict(a):
+    s = a.service
+    return {"tier": s.workload.tier.name, "tier_load_s": s.load, "tier_prefixes": s.prefixes,
+            "tier_dollars_per_hour": a.tier_rent, "tier_waits_s": s.waits}
+
+
+def fleet_dict(f):
+    return {"requests_per_s": f.requests_per_s, "prefill_chips": f.prefill, "decode_chips": f.decode, "nodes": f.nodes,
+            "fleet_dollars_per_hour": f.dollars_per_hour, "fleet_dollars_per_mtoken": f.dollars}
 
 
 def show_compare(scenario, rows):
@@ -66,8 +115,8 @@ def show_compare(scenario, rows):
     first = "" if scenario.first == float("inf") else f", first token within {scenario.first:g} s"
     out.print(f"[bold]{scenario.model}[/], {scenario.tokens_in:,} tokens in ({100 * scenario.hit:.0f} % cached), "
               f"{scenario.tokens_out:,} out, at least {scenario.speed:g} tokens/s a user{first}", highlight=False)
-    heads = ("chip", "decodes on", "tok/s\nuser", "tok/s\nchip", "first\ntoken", "$/h", "$/Mtok\nin", "$/Mtok\nout",
-             "$/Mtok\nall", "J/tok\nout", "the times are")
+    kinds = money_heads(rows)
+    heads = ("chip", "decodes on", "tok/s\nuser", "tok/s\nchip", "first\ntoken", "$/h", *kinds, "J/tok\nout", "the times are")
     for head in heads:
         table.add_column(head, justify="left" if head in ("chip", "decodes on", "the times are") else "right",
                          no_wrap=head not in ("the times are", "decodes on"))
@@ -75,14 +124,22 @@ def show_compare(scenario, rows):
         s = a.service
         if s is None:
             continue
-        table.add_row(a.chip.key, s.decode.plan.text(), f"{s.speed:.0f}", si(s.decode.tokens_per_s_per_chip),
-                      seconds_text(s.first), money(a.dollars_per_hour), money(a.dollars_in), money(a.dollars_out),
-                      money(a.dollars), money(a.joules_out), shares(a.share))
+        table.add_row(a.chip.key, s.decode.plan.text(), f"{s.speed:.0f}", si(s.tokens_per_s_per_chip), seconds_text(s.first),
+                      "+".join(map(money, dict.fromkeys(a.rents))), *money_cells(a, kinds), money(a.joules_out), shares(a.share))
     out.print(table)
+    out.print(ALLOCATED[scenario.named_allocation], style="dim", highlight=False)
+    for a in (a for a in rows if a.service and scenario.tier):
+        out.print(tier_text(a), style="dim", highlight=False, markup=False)
+    if scenario.load:
+        show_fleets(scenario, rows)
     for a in rows:
         if a.why:
-            out.print(f"{a.chip.key}: {a.why}", style="red", highlight=False)
-    unpriced = [a.chip.key for a in rows if a.service and a.dollars_per_hour is None]
+            out.print(f"{a.chip.key}: {a.why}", style="red", highlight=False, markup=False)
+    for line in dict.fromkeys(rent_text(c, *known) for a in rows for c, *known in zip(a.chip.pools, a.rents, a.rent_sources)):
+        if line:
+            out.print(line, style="dim", highlight=False, markup=False)
+    unpriced = [c.key for a in rows if a.service for c, rent in zip(a.chip.pools, a.rents) if rent is None]
+    unpriced = list(dict.fromkeys(unpriced))
     best = next((a for a in rows if a.dollars is not None), None)
     if best:
         out.print(f"\nCheapest: [bold]{best.chip.key}[/] at ${money(best.dollars_in)} per million tokens in and "
@@ -98,30 +155,98 @@ def show_compare(scenario, rows):
     out.print(LEGEND, style="dim", highlight=False)
 
 
+def show_fleets(scenario, rows):
+    """Chips for the scenario's load, whole instances."""
+    out, table = console(), Table(box=None, padding=(0, 2, 0, 0))
+    out.print(f"\nA fleet for {scenario.load}, each chip busy {100 * scenario.utilisation:.0f} % of the time", highlight=False)
+    for head in ("chip", "prefill on", "chips", "decode on", "chips", "all", "nodes", "$/h", "$/Mtok all"):
+        table.add_column(head, justify="left" if head in ("chip", "prefill on", "decode on") else "right", no_wrap=True)
+    for a in (a for a in rows if a.service):
+        f, s = a.fleet, a.service
+        table.add_row(a.chip.key, s.prefill.plan.text() if f.prefill else "the same", f"{f.prefill:,}", s.decode.plan.text(),
+                      f"{f.decode:,}", f"{f.chips:,}", "?" if f.nodes is None else f"{f.nodes:,}", money(f.dollars_per_hour),
+                      money(f.dollars))
+    out.print(table)
+    out.print("Whole instances of the plans above; a node is a scale-up domain.", style="dim", highlight=False)
+
+
+def stream_dict(x):
+    return {"chips_at_least": x.fewest, "plan_alone": x.point.plan.text(), "tokens_per_s_alone": x.point.tokens_per_s_per_user,
+            "dollars_per_mtoken_alone": x.dollars, "communication_counted": not x.uncounted}
+
+
+def show_streams(streams):
+    """What SRAM-only machines are bought for: one user's speed, and its price."""
+    out, table = console(), Table(box=None, padding=(0, 2, 0, 0))
+    out.print("\nOne user alone, on the plan that serves him fastest", highlight=False)
+    for head in ("chip", "chips that hold\nmodel and user", "fastest plan", "tok/s\nalone", "$/Mtok out\nalone"):
+        table.add_column(head, justify="left" if head in ("chip", "fastest plan") else "right", no_wrap=True)
+    for x in streams:
+        table.add_row(x.chip.key, f"{x.fewest:,}", x.point.plan.text(), si(x.point.tokens_per_s_per_user), money(x.dollars))
+    out.print(table)
+    loose = [x.chip.key for x in streams if x.uncounted]
+    if loose:
+        out.print(f"Links unknown, so communication is not counted: {', '.join(loose)}. Stages are taken as equal.", style="dim",
+                  highlight=False)
+
+
+# ---------------------------------------------------------------- sweep
+
+
+def lengths(text):
+    """[tokens] of a list as ``1k,4k,16k``."""
+    found = []
+    for part in text.split(","):
+        number, k = part.strip().removesuffix("k"), part.strip().endswith("k")
+        if not number.isdecimal() or not int(number):
+            raise wrong("context", text, "integers of at least 1, k for 1024, as 1k,4k,16k")
+        found.append(int(number) * (1024 if k else 1))
+    return found
+
+
+def show_sweep(scenario, chip, found):
+    out, table = console(), Table(box=None, padding=(0, 1, 0, 0))
+    out.print(f"[bold]{scenario.model}[/] on [bold]{chip.key}[/], {scenario.tokens_out:,} tokens out, at least "
+              f"{scenario.speed:g} tokens/s a user", highlight=False)
+    kinds = money_heads([a for _, a in found])
+    for head in ("tokens\nin", "tok/s\nuser", "tok/s\nchip", "first\ntoken", *kinds, "users", "users\nat most", "decodes on",
+                 "times"):
+        table.add_column(head, justify="left" if head in ("decodes on", "times") else "right", no_wrap=head != "times")
+    for tokens, a in found:
+        s = a.service
+        if s:
+            table.add_row(f"{tokens:,}", f"{s.speed:.0f}", si(s.tokens_per_s_per_chip), seconds_text(s.first),
+                          *money_cells(a, kinds), f"{s.decode.users:,}", f"{s.most_users:,}",
+                          s.decode.plan.text(), shares(a.share))
+    out.print(table)
+    for tokens, a in found:
+        if a.why:
+            out.print(f"{tokens:,}: {a.why}", style="red", highlight=False, markup=False)
+    out.print(f"{ALLOCATED[scenario.named_allocation]} Users of one instance; at most: what its memory holds.", style="dim",
+              highlight=False)
+
+
 # ---------------------------------------------------------------- pareto
 
 
-def point_dict(chip, dollars, p):
-    price = dollars and dollars_per_mtoken(dollars, p.tokens_per_s_per_chip)
-    return {"chip": chip.key, "plan": p.plan.text(), "sequences_per_group": p.b,
-            "tokens_per_s_per_user": p.tokens_per_s_per_user, "tokens_per_s_per_chip": p.tokens_per_s_per_chip,
-            "step_s": p.seconds, "dollars_per_mtoken_out": price, "mark": p.mark}
-
-
-def show_pareto(scenario, chip, dollars, points):
-    out, table = console(), Table(box=None, padding=(0, 2, 0, 0))
-    out.print(f"[bold]{scenario.model}[/] decoding on [bold]{chip.key}[/] at {scenario.workload().mean_context:,} cached tokens: "
-              "no plan beats these in both speeds", highlight=False)
-    for head in ("tok/s/user", "tok/s/chip", "step", "$/Mtok out", "sequences", "plan", "the times are"):
-        table.add_column(head, justify="left" if head in ("plan", "the times are") else "right", no_wrap=True)
-    top = max(p.tokens_per_s_per_chip for p in points)
+def show_pareto(scenario, chip, rows):
+    out, table = console(), Table(box=None, padding=(0, 1, 0, 0))
+    where = "pools of their own" if scenario.disaggregated else "the same chips"
+    out.print(f"[bold]{scenario.model}[/] on [bold]{chip.key}[/], {scenario.tokens_in:,} tokens in ({100 * scenario.hit:.0f} % "
+              f"cached), {scenario.tokens_out:,} out, prefill and decode on {where}: no plan beats these in both speeds",
+              highlight=False)
+    kinds = money_heads(rows)
+    for head in ("tok/s\nuser", "tok/s\nchip", "step", *kinds, "users", "decodes on", "times"):
+        table.add_column(head, justify="left" if head in ("decodes on", "times") else "right", no_wrap=True)
+    top = max(a.service.tokens_per_s_per_chip for a in rows)
     table.add_column("tok/s/chip", no_wrap=True)
-    for p in points:
-        bar = Text("█" * max(1, round(16 * p.tokens_per_s_per_chip / top)), style="cyan")
-        table.add_row(f"{p.tokens_per_s_per_user:.1f}", si(p.tokens_per_s_per_chip), seconds_text(p.seconds),
-                      money(point_dict(chip, dollars, p)["dollars_per_mtoken_out"]), str(p.b * p.plan.groups), p.plan.text(),
-                      mark_text(p.mark), bar)
+    for a in rows:
+        s, p = a.service, a.service.decode
+        bar = Text("█" * max(1, round(10 * s.tokens_per_s_per_chip / top)), style="cyan")
+        table.add_row(f"{s.speed:.1f}", si(s.tokens_per_s_per_chip), seconds_text(p.seconds), *money_cells(a, kinds),
+                      f"{p.users:,}", p.plan.text(), mark_text(s.mark), bar)
     out.print(table)
+    out.print(ALLOCATED[scenario.named_allocation], style="dim", highlight=False)
 
 
 # ---------------------------------------------------------------- explain
@@ -187,16 +312,45 @@ def show_sensitivity(answer, spread, tornado, elasticities, form=None):
 # ---------------------------------------------------------------- ownership
 
 
-def numbers(entries):
-    """{field: number} of ``field=number`` texts."""
+def numbers(entries, option="set", allowed="field=number"):
+    """{name: number} of an option's ``name=number`` texts."""
     found = {}
     for entry in entries:
         name, _, text = entry.partition("=")
         try:
             found[name] = float(text)
         except ValueError:
-            raise wrong("set", entry, "field=number") from None
+            raise wrong(option, entry, allowed) from None
     return found
+
+
+def show_vendor(name, vendor, form=None):
+    rows = stack.steps(vendor)
+    if form:
+        print(write([{"part": n, "dollars": v, "dollars_so_far": total} for n, v, total in rows], form))
+        return
+    out, table = console(), Table(box=None, padding=(0, 2, 0, 0))
+    out.print(f"[bold]{name}[/], $ of one package", highlight=False)
+    for head in ("part", "$", "sum", "of the price"):
+        table.add_column(head, justify="left" if head == "part" else "right", no_wrap=True)
+    table.add_column("")
+    price = stack.end_price(vendor)
+    for n, v, total in rows:
+        margin = vendor.margins.get(n)
+        label = f"{n}, {100 * margin:g} % margin" if margin is not None else n.replace("hbm_margin", "margin on HBM")
+        if v or margin is not None:
+            table.add_row(label, f"{v:,.2f}", f"{total:,.2f}", f"{100 * v / price:.1f} %",
+                          Text("█" * round(40 * v / price), style="cyan"))
+        if n == stack.PARTS[-1]:
+            table.add_row(Text("cost to build", style="bold"), "", Text(f"{total:,.2f}", style="bold"))
+    table.add_row(Text("end price", style="bold"), "", Text(f"{price:,.2f}", style="bold"))
+    out.print(table)
+    good = economics.die_yield(vendor.die_mm2, vendor.defects_per_cm2, vendor.yield_model, vendor.alpha)
+    dies, built = economics.dies_per_wafer(vendor.die_mm2, vendor.wafer_mm), stack.cost(vendor)
+    out.print(f"{dies:.1f} dies a wafer, {100 * good:.1f} % of them good: ${vendor.wafer_dollars / dies / good:,.2f} a good die",
+              style="dim", highlight=False)
+    out.print(f"all sellers together: gross margin {100 * economics.gross_margin(price, built):.1f} %, margin over cost "
+              f"{100 * economics.margin_over_cost(price, built):.1f} %", style="dim", highlight=False)
 
 
 def show_tco(name, tco, form=None):

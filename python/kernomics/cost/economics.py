@@ -8,6 +8,7 @@ from scipy.optimize import brentq
 from kernomics.cost import wrong
 
 HOURS_PER_YEAR = 8760
+HOURS_PER_MONTH = HOURS_PER_YEAR / 12
 
 
 def roofline_seconds(flops, peak, size, bandwidth):
@@ -441,18 +442,30 @@ def overlapped(compute, comm, share):
 
 
 def dies_per_wafer(die_mm2, wafer_mm=300.0):
-    """die = pi (d/2)**2 / A - pi d / sqrt(2 A), mm and mm2: whole dies of a round wafer, the edge lost."""
-    return pi * (wafer_mm / 2) ** 2 / die_mm2 - pi * wafer_mm / sqrt(2 * die_mm2)
+    """die = pi (d/2)**2 / A - pi d / sqrt(2 A), mm and mm2: wafer area over die area, less the dies cut by the edge.
+
+    Not rounded down, so costs change smoothly with the area. Raises CostError where no die fits.
+    """
+    dies = pi * (wafer_mm / 2) ** 2 / die_mm2 - pi * wafer_mm / sqrt(2 * die_mm2)
+    if dies < 1:
+        raise wrong("die_mm2", die_mm2, f"an area that fits a wafer of {wafer_mm:g} mm once at least")
+    return dies
 
 
-def die_yield(die_mm2, defects_per_mm2):
-    """1 = exp(-mm2 * 1/mm2): dies without a defect (Poisson)."""
-    return exp(-die_mm2 * defects_per_mm2)
+def die_yield(die_mm2, defects_per_cm2, model="poisson", alpha=3.0):
+    """Share of good dies, with x = 1/cm2 * mm2 / 100 defects a die.
+
+    poisson: exp(-x); murphy: ((1 - exp(-x)) / x)**2; negative_binomial: (1 + x/alpha)**-alpha, clustered by alpha.
+    """
+    x = defects_per_cm2 * die_mm2 / 100
+    if model == "poisson" or x == 0:
+        return exp(-x)
+    return (-expm1(-x) / x) ** 2 if model == "murphy" else (1 + x / alpha) ** -alpha
 
 
-def die_dollars(wafer_dollars, die_mm2, defects_per_mm2):
-    """$ = $/wafer / (die/wafer * yield)"""
-    return wafer_dollars / (dies_per_wafer(die_mm2) * die_yield(die_mm2, defects_per_mm2))
+def die_dollars(wafer_dollars, die_mm2, defects_per_cm2, model="poisson", alpha=3.0, wafer_mm=300.0):
+    """$ = $/wafer / (die/wafer * yield): good dies pay for the bad ones."""
+    return wafer_dollars / (dies_per_wafer(die_mm2, wafer_mm) * die_yield(die_mm2, defects_per_cm2, model, alpha))
 
 
 def memory_dollars(size, dollars_per_gb):

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from kernomics.contract import OPS, Work
 from kernomics.cost import CostError, wrong
-from kernomics.cost.economics import expected_active
+from kernomics.cost.economics import expected_active, gqa_kv_bytes, mla_kv_bytes
 from kernomics.cost.fields import parse
 
 PUBLISHED = {  # total / active parameters as their makers state them
@@ -32,7 +32,7 @@ NEGLECTED = ("embedding look-up", "sampling", "launch and host time")
 PAGE = 64  # tokens a page of the KV cache
 APPEND = {"norm_weight": "bf16", "cos": "f32", "sin": "f32"}  # with RMSNorm and RoPE in the same pass
 LATENT, ROPE, NOPE, VALUE = 512, 64, 128, 128  # widths that the MLA ops fix
-MLA_BYTES = {"bf16": 2 * (LATENT + ROPE), "fp8": 656}  # of a cached token and layer
+MLA_BYTES = {"bf16": mla_kv_bytes(1, LATENT, ROPE, 2), "fp8": 656}  # of a cached token and layer
 INDEX_BYTES = 128 + 4  # of a cached token and layer of the sparse index: codes and a scale
 BYTES = {"bf16": 2.0, "fp8": 1.0, "nvfp4": 0.5 + 1 / 16}  # a weight; of fp8 the 128 x 128 scales are counted apart
 
@@ -242,7 +242,7 @@ class Gqa:
         return 2 * self.head_dim if self.norms else 0
 
     def kv_bytes(self, cache, tp=1):
-        return 2 * max(1, self.kv_heads // tp) * self.head_dim * (2 if cache == "bf16" else 1)
+        return gqa_kv_bytes(1, max(1, self.kv_heads // tp), self.head_dim, 2 if cache == "bf16" else 1)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from plotly.offline import get_plotlyjs
 from kernomics.cost import CostError, uncertainty
 from kernomics.cost import compare as answers
 from kernomics.cost.console import LEGEND
-from kernomics.cost.economics import dollars_per_mtoken
 from kernomics.cost.measured import BOUND, DERATED, IMPORTED, INTERPOLATED, MEASURED, TRANSFERRED
 from kernomics.cost.report import money, seconds_text, si
 
@@ -35,7 +34,7 @@ def page(scenario, sources, chips):
     served = [a for a in rows if a.service]
     if not served:
         raise CostError("; ".join(a.why for a in rows))
-    model = scenario.load_model()
+    model, chips = scenario.load_model(), list({c.key: c for chip in chips for c in chip.pools}.values())
     parts = [_head(scenario, model, served[0]), _section("Chips side by side", _answers(rows), _why(rows)),
              _section("Throughput against the speed of a user", _figure(_fronts(scenario, sources, served)),
                       "Decode points that no other plan or batch beats in both. Right and up is better; every point is a plan. "
@@ -107,10 +106,10 @@ def _why(rows):
 def _fronts(scenario, sources, served):
     figure = go.Figure()
     for i, a in enumerate(served):
-        points = answers.pareto(scenario, sources, a.chip)
-        dollars = [a.dollars_per_hour and dollars_per_mtoken(a.dollars_per_hour, p.tokens_per_s_per_chip) for p in points]
-        words = [f"{p.plan.text()}<br>{p.b} sequences a group<br>step {seconds_text(p.seconds)}<br>${money(d)}/Mtok out<br>"
-                 f"{p.mark}" for p, d in zip(points, dollars)]
+        found = answers.pareto(scenario, sources, a.chip)
+        points = [x.service for x in found]
+        words = [f"{s.decode.plan.text()}<br>{s.decode.b} sequences a group<br>step {seconds_text(s.decode.seconds)}<br>"
+                 f"${money(x.dollars_out)}/Mtok out, {money(x.dollars)} of all<br>{s.mark}" for x, s in zip(found, points)]
         dash = "dot" if all(p.mark == BOUND for p in points) else "solid"
         color = COLORS[i % len(COLORS)]
         figure.add_scatter(x=[p.tokens_per_s_per_user for p in points], y=[p.tokens_per_s_per_chip for p in points],
@@ -128,12 +127,13 @@ def _fronts(scenario, sources, served):
 def _waterfall(answer):
     root = answers.explain(answer)
     names, values, measure = [], [], []
-    unit = 1e3 / 3600 * (answer.dollars_per_hour or 0) / answer.utilisation  # $ per thousand requests
-    for phase in root.children:
+    priced = None not in answer.rents
+    for phase, rent in zip(root.children, answer.rents):
+        unit = 1e3 / 3600 * rent / answer.utilisation if priced else 1.0  # $ per thousand requests
         label = phase.name.split(",")[0]
         for layer in phase.children:
             names.append(f"{label}<br>{layer.name}")
-            values.append(layer.seconds * unit if unit else layer.seconds)
+            values.append(layer.seconds * unit)
             measure.append("relative")
     names.append("a request")
     values.append(0)
@@ -141,7 +141,7 @@ def _waterfall(answer):
     figure = go.Figure(go.Waterfall(x=names, y=values, measure=measure, connector={"line": {"color": GRID}},
                                     increasing={"marker": {"color": COLORS[0]}}, totals={"marker": {"color": INK}},
                                     text=[money(v) if v else "" for v in values], textposition="outside"))
-    figure.update_yaxes(title="$ per thousand requests" if unit else "chip-seconds a request")
+    figure.update_yaxes(title="$ per thousand requests" if priced else "chip-seconds a request")
     return figure
 
 

@@ -1,24 +1,27 @@
 """What to serve, on what, how and at what price: read from a TOML file, from options, or both."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator
 
-from kernomics.cost import CostError, wrong
+from kernomics.cost import CostError, Unknown, tco, wrong
 from kernomics.cost import chips as chip_files
 from kernomics.cost.fields import Checked, parse
 from kernomics.cost.measured import Measured, read
 from kernomics.cost.model import Model
 from kernomics.cost.price import Sources
-from kernomics.cost.serving import MEMORY_SHARE, Plan, Workload
+from kernomics.cost.serving import MEMORY_SHARE, Plan, Tier, Workload
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
+TIER = ("tier", "tier_gb", "tier_gb_per_s", "tier_dollars_per_gb_month")
+LOAD = re.compile(r"([0-9]+(?:\.[0-9]*)?(?:e[+-]?[0-9]+)?) ?([kM]?) ?(requests|tokens)/s")
 CHIPS = ("h100", "h200", "b200", "mi300x", "trainium2")
 
 
@@ -34,6 +37,10 @@ class Scenario(Checked):
     hit: float = Field(0.0, ge=0, lt=1, description="share of the prompt found in the prefix cache")
     speed: float = Field(0.0, ge=0, description="tokens/s a user gets at least")
     first: float = Field(float("inf"), gt=0, description="seconds to the first token at most")
+    tier: str | None = Field(None, description="memory that keeps the prefix cache beside the chips, as host or ssd")
+    tier_gb: float | None = Field(None, gt=0, le=1e6, description="GB of it a chip")
+    tier_gb_per_s: float | None = Field(None, gt=0, le=1e5, description="GB/s from it into a chip")
+    tier_dollars_per_gb_month: float | None = Field(None, ge=0, le=1e3, description="$ of a GB and month of it")
     disaggregated: bool = Field(True, description="prefill and decode on pools of their own")
     chips: int = Field(64, ge=1, le=4096, description="chips of an instance at most")
     cache: Literal["bf16", "fp8"] = Field("bf16", description="dtype of the KV cache")
@@ -49,46 +56,121 @@ class Scenario(Checked):
     bandwidth_share: float = Field(1.0, gt=0, le=1, description="of the memory bandwidth that such calls reach")
     memory_share: float = Field(MEMORY_SHARE, gt=0, le=1, description="of a chip's memory for weights and cache")
     dollars_per_hour: dict[str, float] = Field({}, description="$/h by chip; default: that of chips.toml")
+    tco: dict[str, float | dict[str, float]] = Field({}, description="fields of tco.Tco for every chip, tables of them for one: "
+                                                     "$/h is what an available hour costs an owner")
     uncertain: dict[str, str | dict] = Field({}, description="ranges of inputs: lo..hi, lo..mode..hi, or a distribution")
+    allocation: Literal["time", "price", "pool"] | None = Field(None, description="of cost: each kind of token pays by its chip "
+                                                                "time, its price or its pool; default: pool, of one pool time")
+    sold: dict[str, float] = Field({}, description="$/Mtoken that tokens in, cached and out sell for, of the allocation by price")
+    load: str | None = Field(None, description="to size a fleet for: 20 requests/s, or 50k tokens/s of answers")
     utilisation: float = Field(1.0, gt=0, le=1, description="share of the paid hours that serve")
     records: str | None = Field(None, description="bench records: a .jsonl file or a folder")
     tables: list[str] = Field([], description="imported tables: aic, infersim:<folder>, or a .csv or .parquet file")
 
-    @field_validator("dollars_per_hour")
+    @field_validator("dollars_per_hour", "sold")
     @classmethod
     def _dollars(cls, value):
         bad = [k for k, v in value.items() if not 0 <= v < float("inf")]
         if bad:
-            raise ValueError(f"$/h of at least 0, {bad[0]} has {value[bad[0]]}")
+            raise ValueError(f"$ of at least 0, {bad[0]} has {value[bad[0]]}")
         return value
 
+    def check(self):
+        """Self; a CostError where fields that are right each do not go together."""
+        given = [n for n in TIER if getattr(self, n) is not None]
+        if given and len(given) < len(TIER):
+            missing = next(n for n in TIER if n not in given)
+            raise wrong(missing, None, f"{Scenario.model_fields[missing].description}, as {given[0]} is given")
+        kinds = [k for k, n in self.workload().tokens.items() if n]
+        if self.allocation == "price" and set(self.sold) != set(kinds):
+            raise wrong("sold", self.sold, f"$/Mtoken of {', '.join(kinds)}, as the allocation is by price")
+        if self.sold and self.allocation != "price":
+            raise wrong("allocation", self.allocation, "price, as prices of tokens are given with sold")
+        if self.allocation == "pool" and not self.disaggregated:
+            raise wrong("allocation", self.allocation, "time, price: aggregated serving has one pool")
+        self.requests_per_s  # noqa: B018  checks the load
+        return self
+
+    @property
+    def requests_per_s(self):
+        """Of the load; None where none is asked for."""
+        if self.load is None:
+            return None
+        found = LOAD.fullmatch(self.load)
+        rate = float(found[1]) * {"": 1, "k": 1e3, "M": 1e6}[found[2]] if found else 0.0
+        if not 0 < rate < float("inf"):
+            raise wrong("load", self.load, "above 0 requests/s, or tokens/s of answers, as 20 requests/s or 50k tokens/s")
+        return rate / (self.tokens_out if found[3] == "tokens" else 1)
+
+    @property
+    def named_allocation(self):
+        return self.allocation or ("pool" if self.disaggregated else "time")
+
     def workload(self):
-        return Workload(self.tokens_in, self.tokens_out, self.hit, self.speed, self.first)
+        tier = self.tier and Tier(self.tier, self.tier_gb * 1e9, self.tier_gb_per_s * 1e9, self.tier_dollars_per_gb_month)
+        return Workload(self.tokens_in, self.tokens_out, self.hit, self.speed, self.first, tier)
 
     def plan(self):
         return Plan(cache=self.cache, drafts=self.drafts, acceptance=self.acceptance, imbalance=self.imbalance,
                     micro_batches=self.micro_batches, comm_share=self.comm_share, overlap=self.overlap, alpha=self.alpha,
                     step_overhead=self.step_overhead, memory_share=self.memory_share)
 
+    def setup(self):
+        """What ``serving.serve`` takes beside the workload."""
+        return {"chips": self.chips, "base": self.plan(), "disaggregated": self.disaggregated}
+
     def load_model(self):
         return Model.load(self.model, self.weights, self.experts)
 
     def load_chips(self, measured):
-        """The chips named: of chips.toml, of a TOML file given by path, or of the bench records."""
+        """The chips named: of chips.toml, of a TOML file given by path, or of the bench records; a Pair of ``a+b``."""
         known = {key: chip_files.from_records(key, measured.ceilings(key), measured.date(key))
                  for key in {r["chip"] for r in measured.records}}
-        names = dict.fromkeys(measured.machine() or name if name == "this" else name for name in self.chip)
-        return [known[name] if name in known else chip_files.find(name, known) for name in names]
+
+        def find(name):
+            name = measured.machine() or name if name == "this" else name
+            return known[name] if name in known else chip_files.find(name, known)
+
+        found = ([find(name) for name in dict.fromkeys(_pools(entry))] for entry in dict.fromkeys(self.chip))
+        return [chips[0] if len(chips) == 1 else chip_files.Pair(*chips) for chips in found]
+
+    def rent(self, chip):
+        """($/h of a chip, None where nobody says; where it comes from): given, owned (by the [tco] table), or rented."""
+        if chip.key in self.dollars_per_hour:
+            return self.dollars_per_hour[chip.key], "given"
+        if self.tco:
+            try:
+                return tco.cost_per_available_hour(self.owned(chip)), "owned"
+            except Unknown as error:
+                return None, str(error)
+        return chip.get("dollars_per_hour"), "rented"
 
     def dollars(self, chip):
         """$/h of a chip, or None where nobody says."""
-        return self.dollars_per_hour.get(chip.key, chip.get("dollars_per_hour"))
+        return self.rent(chip)[0]
+
+    def owned(self, chip):
+        """The Tco of a chip: the [tco] table, [tco.<chip>] before it, and the chip's own price and watts."""
+        fields = {k: v for k, v in self.tco.items() if not isinstance(v, dict)} | self.tco.get(chip.key, {})
+        for name in ("utilisation", "margin"):
+            if name in fields:
+                raise wrong(f"tco: {name}", fields[name], "none: the hours that serve are the scenario's utilisation, at cost")
+        return tco.from_chip(chip, **fields)
 
     def sources(self):
         """(Sources, the bench records behind them)."""
         measured = Measured(read(self.records))
-        tables = [t for name in self.tables for t in open_tables(name, self.chip)]
+        chips = list(dict.fromkeys(name for entry in self.chip for name in _pools(entry)))
+        tables = [t for name in self.tables for t in open_tables(name, chips)]
         return Sources(measured, tables, self.call_latency, self.bandwidth_share), measured
+
+
+def _pools(entry):
+    """The names in ``h200``, or in ``h100+h200``: prefill on the first, decode on the second."""
+    names = entry.split("+") if not Path(entry).is_file() else [entry]
+    if len(names) > 2 or not all(names):
+        raise wrong("chip", entry, "a chip, or two as h100+h200: prefill on the first, decode on the second")
+    return names
 
 
 def open_tables(name, chips):
@@ -108,23 +190,33 @@ def open_tables(name, chips):
     return [tables.read(name)]
 
 
-def from_options(scenario=None, dollars_per_hour=(), uncertain=(), **options):
-    """As ``load``, with $/h as ``h200=2.5`` texts and ranges as ``bandwidth_share=0.7..0.9``."""
-    dollars, ranges = {}, {}
-    for entry in uncertain or ():
-        name, sep, text = entry.partition("=")
-        if not sep:
-            raise wrong("uncertain", entry, "input=lo..hi or input=lo..mode..hi")
-        ranges[name] = text
-    for entry in dollars_per_hour or ():
-        chip, sep, number = entry.rpartition("=")
+def from_options(scenario=None, **options):
+    """As ``load``, with dicts as texts: $/h as ``h200=2.5``, ranges as ``bandwidth_share=0.7..0.9``."""
+    for name, (kind, allowed) in TEXTS.items():
+        options[name] = _pairs(name.replace("_", "-"), options.get(name) or (), kind, allowed)
+    return load(scenario, **options)
+
+
+TEXTS = {  # dicts that options give entry by entry: what a value is, and its form
+    "dollars_per_hour": (float, "chip=number, in $/h"),
+    "tco": (float, "field=number, as server_dollars=25000"),
+    "sold": (float, "in=number, cached=number or out=number, in $/Mtoken"),
+    "uncertain": (str, "input=lo..hi or input=lo..mode..hi"),
+}
+
+
+def _pairs(option, entries, kind, allowed):
+    """{name: value} of ``name=value`` texts."""
+    found = {}
+    for entry in entries:
+        name, sep, text = entry.partition("=") if kind is str else entry.rpartition("=")
         try:
-            dollars[chip] = float(number)
+            if not sep:
+                raise ValueError
+            found[name] = kind(text)
         except ValueError:
-            sep = ""
-        if not sep:
-            raise wrong("dollars-per-hour", entry, "chip=number, in $/h")
-    return load(scenario, dollars_per_hour=dollars, uncertain=ranges, **options)
+            raise wrong(option, entry, allowed) from None
+    return found
 
 
 def load(path=None, **options):
@@ -146,6 +238,7 @@ def load(path=None, **options):
     for name in [n for n, f in Scenario.model_fields.items() if f.annotation is float]:
         if type(fields.get(name)) is int:  # 50 is as good as 50.0
             fields[name] = float(fields[name])
-    if isinstance(fields.get("dollars_per_hour"), dict):
-        fields["dollars_per_hour"] = {k: float(v) if type(v) is int else v for k, v in fields["dollars_per_hour"].items()}
-    return parse(Scenario, fields, Path(path).name if path is not None else "scenario")
+    for name in ("dollars_per_hour", "sold"):
+        if isinstance(fields.get(name), dict):
+            fields[name] = {k: float(v) if type(v) is int else v for k, v in fields[name].items()}
+    return parse(Scenario, fields, Path(path).name if path is not None else "scenario").check()

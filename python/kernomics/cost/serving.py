@@ -5,14 +5,15 @@ sequences; routed experts lie on ``ep`` chips; layers are cut into ``pp`` stages
 """
 
 from dataclasses import dataclass, field, replace
-from math import ceil
+from math import ceil, inf
 
 from kernomics.cost import CostError, Unknown, wrong
 from kernomics.cost import comm as links
-from kernomics.cost.economics import tokens_per_step
+from kernomics.cost.economics import HOURS_PER_MONTH, memory_dollars, tokens_per_step
 from kernomics.cost.measured import BOUND, MARKS, weakest
 from kernomics.cost.model import Moe, Shard, token_bytes
 
+UNCOUNTED = "links unknown: not counted"
 MEMORY_SHARE = 0.9  # of a chip's memory that weights and cache may take: the default of vLLM's gpu_memory_utilization
 
 
@@ -29,6 +30,7 @@ class Plan:
     tp: int = 1
     ep: int = 1
     pp: int = 1
+    flight: int = 0  # batches under way in the pp stages; 0: one in each
     redundant: int = 0
     imbalance: float = 1.0
     cache: str = "bf16"
@@ -44,7 +46,8 @@ class Plan:
 
     def __post_init__(self):
         for name, ok, allowed in (
-            ("pp", self.pp >= 1, "an integer of at least 1"), ("drafts", 0 <= self.drafts <= 16, "0 to 16"),
+            ("pp", self.pp >= 1, "an integer of at least 1"),
+            ("flight", 0 <= self.flight <= self.pp, f"0 to pp = {self.pp}"), ("drafts", 0 <= self.drafts <= 16, "0 to 16"),
             ("acceptance", 0 <= self.acceptance <= 1, "0 to 1"), ("micro_batches", self.micro_batches in (1, 2), "1, 2"),
             ("comm_share", 0 <= self.comm_share < 1, "0 to below 1"), ("overlap", 0 <= self.overlap <= 1, "0 to 1"),
             ("dispatch", self.dispatch in ("fp8", "bf16"), "fp8, bf16"),
@@ -64,6 +67,11 @@ class Plan:
     def chips(self):
         """Chips of one instance."""
         return max(self.tp, self.ep) * self.pp
+
+    @property
+    def busy(self):
+        """Share of the stages that have a batch to work on."""
+        return self.flight / self.pp if self.flight else 1.0
 
     @property
     def groups(self):
@@ -93,7 +101,7 @@ def memory_parts(model, chip, plan, b, s, t):
     drafter = model.mtp_params / max(plan.tp, plan.ep) if plan.drafts else 0
     return {
         "weights": model.chip_weight_bytes(plan.shard) / plan.pp + drafter,
-        "KV cache": b * s * model.kv_bytes_per_token(plan.cache, plan.tp),  # a stage holds 1/pp of it for pp batches
+        "KV cache": b * s * model.kv_bytes_per_token(plan.cache, plan.tp) * plan.busy,  # a stage holds 1/pp of each batch's
         "activations": 2 * t * (4 * model.d + (model.moe.top_k if model.moe else 1) * model.d),
         "reserve": (1 - plan.memory_share) * room,
     }
@@ -226,6 +234,8 @@ def _move(chip, sources, name, kind, units, dims, count, seconds, variants=()):
     try:
         return Part("communication", name, seconds(), count, BOUND, "link peaks")
     except Unknown as error:
+        if chip.memory == "sram":  # their links are published for none of them: still a bound
+            return Part("communication", name, 0.0, count, BOUND, UNCOUNTED)
         raise Unknown(f"{chip.key}: {error}") from None
 
 
@@ -255,6 +265,11 @@ class Point:
     step: Step
 
     @property
+    def users(self):
+        """Sequences of an instance: of each group, and of each batch under way in its stages."""
+        return self.b * self.plan.groups * (self.plan.flight or self.plan.pp)
+
+    @property
     def chip_seconds_per_token(self):
         return 1 / self.tokens_per_s_per_chip
 
@@ -264,9 +279,9 @@ class Point:
 
 
 def decode_point(model, chip, sources, plan, b, s):
-    """Decode with b sequences a group at s cached tokens. With pp stages as many batches are under way at once."""
+    """Decode with b sequences a group and batch at s cached tokens, ``plan.flight`` batches under way in the stages."""
     x = step(model, chip, sources, plan, decode=True, b=b, s=s)
-    speed = x.tokens * plan.groups / x.seconds / max(plan.tp, plan.ep)  # each stage works on its own batch all the time
+    speed = x.tokens * plan.groups / x.seconds / max(plan.tp, plan.ep) * plan.busy
     return Point(plan, b, x.seconds, speed, plan.tokens_per_step / x.seconds, x)
 
 
@@ -286,9 +301,13 @@ def batches(most):
     return [x for x in sizes if x < most] + ([most] if most else [])
 
 
-def plans(model, chip, *, chips=None, base=Plan()):
-    """Sensible plans: tp within the scale-up domain, experts on tp..chips chips, as the model's sizes divide."""
-    domain = int(chip.get("scale_up_domain") or 1)
+def plans(model, chip, *, chips=None, base=Plan(), s=1):
+    """Sensible plans: tp within the scale-up domain, experts on tp..chips chips, as the model's sizes divide.
+
+    Where SRAM is the only memory ``chips`` share a stage, in as few stages as hold the model and a sequence of s tokens.
+    """
+    sram = chip.memory == "sram"
+    domain = int(chip.get("scale_up_domain") or (chips or 64 if sram else 1))
     limit = chips or max(domain, 8)
     found = []
     for tp in (1, 2, 4, 8, 16, 32, 64):
@@ -302,7 +321,23 @@ def plans(model, chip, *, chips=None, base=Plan()):
         for ep in (2, 4, 8, 16, 32, 64, 128, 256):
             if ep >= tp and ep <= limit and model.moe.e % ep == 0:
                 found.append(replace(base, tp=tp, ep=ep))
-    return found
+    return _staged(model, chip, found, s) if sram else found
+
+
+def _staged(model, chip, found, s):
+    """The plans with the stages they need; where links are unknown those of the fewest chips a stage, as the others' are free."""
+    found = [replace(p, pp=stages(model, chip, p, s)) for p in found]
+    if chip.get("scale_up_bytes_per_s") and chip.get("scale_up_domain"):
+        return found
+    fitting = [p for p in found if most_sequences(model, chip, replace(p, flight=1), s)]
+    fewest = min((max(p.tp, p.ep) for p in fitting), default=None)
+    return [p for p in fitting if max(p.tp, p.ep) == fewest] or found
+
+
+def stages(model, chip, plan, s):
+    """The fewest stages, all alike, that hold the model and one sequence of s tokens; all layers apart where none do."""
+    enough = (pp for pp in range(1, model.layers) if most_sequences(model, chip, replace(plan, pp=pp, flight=1), s))
+    return next(enough, model.layers)
 
 
 def decode_points(model, chip, sources, s, *, chips=None, base=Plan(), each=None):
@@ -311,16 +346,17 @@ def decode_points(model, chip, sources, s, *, chips=None, base=Plan(), each=None
     Raises DoesNotFit or Unknown where nothing is left. ``each(plan)`` is called before each plan.
     """
     found, why = [], None
-    for plan in plans(model, chip, chips=chips, base=base):
+    for plan in plans(model, chip, chips=chips, base=base, s=s):
         if each:
             each(plan)
+        one = replace(plan, flight=1)  # a batch alone; where there is room, one in each stage
         try:
-            most = most_sequences(model, chip, plan, s, plan.drafts + 1)
+            most = most_sequences(model, chip, one, s, plan.drafts + 1)
             if not most:
-                check_memory(model, chip, plan, 1, s, 1)
+                check_memory(model, chip, one, 1, s, 1)
                 continue
             for b in batches(min(most, 1024)):
-                found.append(decode_point(model, chip, sources, plan, b, s))
+                found.append(decode_point(model, chip, sources, replace(plan, flight=min(plan.pp, most // b)), b, s))
         except (DoesNotFit, Unknown) as error:
             why = why if isinstance(why, DoesNotFit) and isinstance(error, Unknown) else error
     if not found:
@@ -329,7 +365,7 @@ def decode_points(model, chip, sources, s, *, chips=None, base=Plan(), each=None
 
 
 def front(points):
-    """The points that no other beats in both tokens/s/user and tokens/s/chip, fastest user first."""
+    """The points (or services) that no other beats in both speeds, a user's and a chip's, fastest user first."""
     best, kept = 0.0, []
     for p in sorted(points, key=lambda p: (-p.tokens_per_s_per_user, -p.tokens_per_s_per_chip)):
         if p.tokens_per_s_per_chip > best:
@@ -342,14 +378,41 @@ def front(points):
 
 
 @dataclass(frozen=True)
+class Tier:
+    """Memory beside the chips that keeps the prefix cache: a chip's share of the host's memory, of an SSD, of a network's."""
+
+    name: str
+    bytes: float  # a chip
+    bytes_per_s: float  # into a chip
+    dollars_per_gb_month: float
+
+    def __post_init__(self):
+        for name, ok, allowed in (
+            ("bytes", 0 < self.bytes < inf, "above 0"), ("bytes_per_s", 0 < self.bytes_per_s < inf, "above 0"),
+            ("dollars_per_gb_month", 0 <= self.dollars_per_gb_month < inf, "$ of at least 0"),
+        ):
+            if not ok:
+                raise wrong(f"tier: {name}", getattr(self, name), allowed)
+
+    @property
+    def dollars_per_hour(self):
+        """$/(chip*h) = byte / (1e9 byte/GB) * $/(GB*month) / (730 h/month)"""
+        return memory_dollars(self.bytes, self.dollars_per_gb_month) / HOURS_PER_MONTH
+
+
+@dataclass(frozen=True)
 class Workload:
-    """Requests of ``tokens_in`` prompt tokens, of which ``hit`` are found in a prefix cache, and ``tokens_out`` answers."""
+    """Requests of ``tokens_in`` prompt tokens, of which ``hit`` are found in a prefix cache, and ``tokens_out`` answers.
+
+    Hits lie in the chips' memory, ready and for nothing, or in ``tier``, whence they are loaded.
+    """
 
     tokens_in: int = 4096
     tokens_out: int = 1024
     hit: float = 0.0
     speed: float = 0.0  # tokens/s that a user must get at least
-    first: float = float("inf")  # seconds to the first token at most
+    first: float = inf  # seconds to the first token at most
+    tier: Tier | None = None
 
     def __post_init__(self):
         for name, ok, allowed in (
@@ -357,9 +420,15 @@ class Workload:
             ("tokens_out", self.tokens_out >= 1, "an integer of at least 1"),
             ("hit", 0 <= self.hit < 1, "0 to below 1"), ("speed", self.speed >= 0, "tokens/s of at least 0"),
             ("first", self.first > 0, "seconds above 0"),
+            ("hit", self.hit or not self.tier, "above 0 to below 1, as a tier keeps what is found"),
         ):
             if not ok:
                 raise wrong(name, getattr(self, name), allowed)
+
+    @property
+    def tokens(self):
+        """{kind: tokens of a request}: prompt tokens to prefill (in), found in the cache, and of the answer (out)."""
+        return {"in": self.fresh, "cached": self.tokens_in - self.fresh, "out": self.tokens_out}
 
     @property
     def fresh(self):
@@ -374,17 +443,25 @@ class Workload:
 
 @dataclass(frozen=True)
 class Service:
-    """A workload served: chip-seconds a request by phase, and the pools' operating points."""
+    """A workload served: chip-seconds a request by phase, and the pools' operating points; ``chip`` may be a Pair."""
 
     model: object
+    chip: object
     workload: Workload
     decode: Point
     prefill: Point
     prefill_seconds: float  # chip-seconds of a request
     decode_seconds: float
-    speed: float  # tokens/s a user
+    tokens_per_s_per_user: float
     first: float  # seconds to the first token, without queueing
     disaggregated: bool
+    waits: float = 0.0  # of the prefill chip-seconds: the tier is slower than the prefill of what it does not hold
+
+    @property
+    def most_users(self):
+        """Sequences that an instance's memory holds at the middle of their answers."""
+        plan, (_, decoder) = replace(self.decode.plan, flight=1), self.chip.pools
+        return plan.groups * most_sequences(self.model, decoder, plan, self.workload.mean_context, plan.drafts + 1)
 
     def decode_rows(self):
         """The rows behind the decode point."""
@@ -396,74 +473,148 @@ class Service:
         return self.model.prefill(int(self.prefill.step.tokens), self.prefill.b, prefix, self.prefill.plan.shard)
 
     @property
+    def speed(self):
+        return self.tokens_per_s_per_user
+
+    @property
     def chip_seconds(self):
         return self.prefill_seconds + self.decode_seconds
+
+    @property
+    def tokens_per_s_per_chip(self):
+        """Answer tokens/s of a chip: of those that decode, or of all where they prefill too."""
+        return self.workload.tokens_out / (self.decode_seconds if self.disaggregated else self.chip_seconds)
 
     @property
     def mark(self):
         return weakest([self.decode.mark, self.prefill.mark])
 
     @property
+    def pools(self):
+        """{kind of token: chips of its pool at a request a second}; aggregated serving has one pool, and CostError."""
+        if not self.disaggregated:
+            raise wrong("allocation", "pool", "time, price: aggregated serving has one pool")
+        return {"in": self.prefill_seconds, "cached": self.tiered_seconds, "out": self.decode_seconds}
+
+    @property
     def prefill_share(self):
         """Share of the chips that prefill, so that both pools finish as many requests a second."""
         return self.prefill_seconds / self.chip_seconds
 
+    @property
+    def load(self):
+        """Seconds to load a request's hit from its tier; 0 without one."""
+        return load_seconds(self.model, self.workload, self.prefill.plan)
+
+    @property
+    def prefixes(self):
+        """Hits that the tier of an instance holds: of each of its groups, as each group loads its own."""
+        plan, w = self.prefill.plan, self.workload
+        return plan.groups * int(w.tier.bytes / hit_bytes(self.model, w, plan))
+
+    @property
+    def tiered_seconds(self):
+        """Chip-seconds of a request on chips that have the tier: those that prefill."""
+        return 0.0 if not self.workload.tier else self.prefill_seconds if self.disaggregated else self.chip_seconds
+
     def fleet(self, requests_per_s, utilisation=1.0):
-        """(prefill chips, decode chips), whole instances, for a load; ``utilisation`` is the share of time they work."""
-        need = (self.prefill_seconds, self.prefill.plan.chips), (self.decode_seconds, self.decode.plan.chips)
+        """(prefill chips, decode chips), whole instances, for a load; ``utilisation`` is the share of time they work.
+
+        Aggregated serving has decode chips alone, which do both.
+        """
+        need = [(self.prefill_seconds, self.prefill.plan.chips), (self.decode_seconds, self.decode.plan.chips)]
+        if not self.disaggregated:
+            need = [(0.0, 1), (self.chip_seconds, self.decode.plan.chips)]
         return tuple(ceil(requests_per_s * seconds / utilisation / chips - 1e-9) * chips for seconds, chips in need)
 
 
-def serve(model, chip, sources, workload, *, chips=None, base=Plan(), prefill_base=None, disaggregated=True, points=None,
-          each=None):
-    """The cheapest service that meets the workload's speed: a Service.
+def services(model, chip, sources, workload, *, chips=None, base=Plan(), prefill_base=None, disaggregated=True, points=None,
+             each=None):
+    """[Service] of every decode point with the cheapest prefill that goes with it, whatever speed a user gets.
 
     Disaggregated: each phase on its own pool. Aggregated: the same chips prefill between decode steps, and a user waits
-    for both. Raises CostError where no plan reaches the speed.
+    for both. Raises CostError where no prefill is in time for the first token.
     """
-    points = points or decode_points(model, chip, sources, workload.mean_context, chips=chips, base=base, each=each)
-    prefills = prefill_points(model, chip, sources, workload, chips=chips, base=prefill_base or replace(base, drafts=0))
-    best = None
+    filler, decoder = chip.pools
+    if chip.mixed and not disaggregated:
+        raise wrong("chip", chip.key, "one chip, as the same chips prefill and decode")
+    points = points or decode_points(model, decoder, sources, workload.mean_context, chips=chips, base=base, each=each)
+    prefills = prefill_points(model, filler, sources, workload, chips=chips, base=prefill_base or replace(base, drafts=0))
+    roomy = [f for f in prefills if not workload.tier or hit_bytes(model, workload, f.plan) <= workload.tier.bytes]
+    if not roomy:
+        load_seconds(model, workload, prefills[-1].plan)  # raises
+    prefills = [f for f in roomy if _first(model, f, workload) <= workload.first]
+    found, cheapest = [], {}
+    for f in sorted(prefills, key=lambda f: sum(prefill_seconds(model, workload, f))):  # any may follow; or the same chips
+        cheapest.setdefault(None if disaggregated else (f.plan.chips, f.plan.tp), f)
     for p in points:
-        group = p.plan.tp
-        if disaggregated:
-            fill = min((f for f in prefills if _first(f, workload) <= workload.first), default=None,
-                       key=lambda f: f.chip_seconds_per_token)
-            speed = p.tokens_per_s_per_user
-        else:
-            fill = min((f for f in prefills if f.plan.chips == p.plan.chips and f.plan.tp == group
-                        and _first(f, workload) <= workload.first), default=None, key=lambda f: f.chip_seconds_per_token)
-            if fill:  # while a group makes b answers' tokens it prefills b prompts
-                steps = workload.tokens_out / p.plan.tokens_per_step
-                between = p.b * workload.fresh * fill.chip_seconds_per_token / group / steps
-                speed = p.plan.tokens_per_step / (p.seconds + between)
-        if not fill or speed < workload.speed:
+        fill = cheapest.get(None if disaggregated else (p.plan.chips, p.plan.tp))
+        if not fill:
             continue
-        found = Service(model, workload, p, fill, workload.fresh * fill.chip_seconds_per_token,
-                        workload.tokens_out * p.chip_seconds_per_token, speed, _first(fill, workload), disaggregated)
-        if best is None or found.chip_seconds < best.chip_seconds:
-            best = found
-    if best is None:
-        fastest = max(p.tokens_per_s_per_user for p in points)
+        work, waits = prefill_seconds(model, workload, fill)
+        seconds, speed = work + waits, p.tokens_per_s_per_user
+        if not disaggregated:  # while a group makes b answers' tokens it prefills b prompts
+            steps = workload.tokens_out / p.plan.tokens_per_step
+            speed = p.plan.tokens_per_step / (p.seconds + p.b * seconds / p.plan.tp / steps)
+        found.append(Service(model, chip, workload, p, fill, seconds, workload.tokens_out * p.chip_seconds_per_token, speed,
+                             _first(model, fill, workload), disaggregated, waits))
+    if not found:
+        raise CostError(f"{model.name} on {chip.key}: no plan gives a first token within {workload.first:g} s")
+    return found
+
+
+def serve(model, chip, sources, workload, **options):
+    """The Service of least chip time that meets the workload's speed; CostError where no plan reaches it."""
+    found = services(model, chip, sources, workload, **options)
+    fast = [s for s in found if s.speed >= workload.speed]
+    if not fast:
         raise CostError(f"{model.name} on {chip.key}: no plan gives a user {workload.speed:g} tokens/s and a first token within "
-                        f"{workload.first:g} s; the fastest decodes {fastest:.1f} tokens/s")
-    return best
+                        f"{workload.first:g} s; the fastest gives {max(s.speed for s in found):.1f} tokens/s")
+    return min(fast, key=lambda s: s.chip_seconds)
 
 
-def _first(point, workload):
-    """Seconds until a prompt is prefilled, steps of its chunks one after another."""
-    tokens = point.step.tokens / point.b
-    return ceil(workload.fresh / tokens) * point.seconds
+def hit_bytes(model, workload, plan):
+    """byte = token * byte/token / stages: what a chip loads of a request's cached prefix."""
+    return workload.tokens["cached"] * model.kv_bytes_per_token(plan.cache, plan.tp) / plan.pp
+
+
+def load_seconds(model, workload, plan):
+    """s = byte / (byte/s) of a hit, all chips of a group at the same time; DoesNotFit where the tier is too small for one."""
+    tier, size = workload.tier, hit_bytes(model, workload, plan)
+    if not tier:
+        return 0.0
+    if size > tier.bytes:
+        raise DoesNotFit(f"a hit of {workload.tokens['cached']:,} tokens does not fit in {tier.name}: {size / 1e9:.2f} of "
+                         f"{tier.bytes / 1e9:.2f} GB a chip")
+    return size / tier.bytes_per_s
+
+
+def prefill_seconds(model, workload, point):
+    """(chip-seconds of work, of waiting) of a request: while a group prefills one prompt it loads the next one's hit."""
+    work = workload.fresh * point.chip_seconds_per_token
+    return work, max(0.0, load_seconds(model, workload, point.plan) * point.plan.tp * point.plan.pp - work)
+
+
+def _first(model, point, workload):
+    """Seconds until a prompt is prefilled: its hit loaded, then steps of its chunks one after another."""
+    chunks = ceil(workload.fresh / (point.step.tokens / point.b))
+    return load_seconds(model, workload, point.plan) + (1 + (chunks - 1) / point.plan.pp) * point.seconds
+
+
+SMALL_CHUNKS = (16, 64, 256, 1024)  # tokens, where activations must lie in SRAM
 
 
 def prefill_points(model, chip, sources, workload, *, chips=None, base=Plan(), tokens=(2048, 4096, 8192, 16384)):
     """Prefill points of every sensible plan and chunk."""
     found, why = [], None
     prefix = workload.tokens_in - workload.fresh
-    for plan in plans(model, chip, chips=chips, base=base):
-        for t in sorted({max(x, 1) for x in tokens} | {workload.fresh}):
+    sram = chip.memory == "sram"
+    for plan in plans(model, chip, chips=chips, base=base, s=workload.tokens_in):
+        for t in sorted({*tokens, workload.fresh, *(SMALL_CHUNKS if sram else ())}):
             if t > 4 * max(workload.fresh, 4096):
                 continue
+            if sram:  # the chunks of a prompt follow each other through the stages, then those of the next one
+                plan = replace(plan, flight=ceil(plan.pp / ceil(workload.fresh / t)))
             try:
                 found.append(prefill_point(model, chip, sources, plan, t, workload.fresh, prefix))
             except (DoesNotFit, Unknown) as error:

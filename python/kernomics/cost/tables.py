@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from kernomics.cost import CostError, wrong
+from kernomics.cost.economics import expected_active
 from kernomics.cost.interpolate import NOISE, UNJUDGED, Surface
 from kernomics.cost.measured import IMPORTED, TRANSFERRED
 
@@ -79,7 +80,7 @@ def _gqa_prefill(w, a, b, t, prefix, h, kv_heads, head_dim):
 
 
 def _moe(w, a, t, d, n, e, top_k, tp, ep):
-    active = e / ep * (1 - (1 - np.minimum(top_k / e, 1)) ** t)  # experts of the rank that some token reaches
+    active = expected_active(t, e, np.minimum(top_k, e)) / ep  # experts of the rank that some token reaches
     return 1, active * 3 * d * n / tp * w / 8, t * top_k / ep * (d + n / tp) * a / 8, 6 * t * top_k / ep * d * n / tp * a / 16
 
 
@@ -88,7 +89,7 @@ def _collective(w, a, bytes, ranks):
 
 
 def _exchange(w, a, t, d, top_k, e, ranks):
-    reached = ranks * (1 - (1 - 1 / ranks) ** top_k)  # ranks that hold one of a token's experts
+    reached = expected_active(top_k, ranks, 1)  # ranks that hold one of a token's experts
     return 1, np.log2(ranks), t * d * reached * w / 8, t * d * top_k * w / 8
 
 

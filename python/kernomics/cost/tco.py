@@ -5,10 +5,9 @@ from math import fsum
 from pydantic import Field, field_validator
 
 from kernomics.cost import Unknown
-from kernomics.cost.economics import HOURS_PER_YEAR, annuity, price_at_margin, straight_line
+from kernomics.cost.economics import HOURS_PER_MONTH, HOURS_PER_YEAR, annuity, price_at_margin, straight_line
 from kernomics.cost.fields import Checked, parse
 
-HOURS_PER_MONTH = HOURS_PER_YEAR / 12
 RATE_MIN = 1e-6  # a rate between 0 and this is taken for a slip
 CAPITAL = ("chip", "server", "network", "storage", "install")  # each a field <name>_dollars
 

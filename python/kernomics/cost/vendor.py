@@ -1,11 +1,12 @@
 """What a chip costs to build and who earns on it: silicon, memory, package, then each gross margin up to the end price."""
 
-from math import exp, expm1, fsum
+from itertools import accumulate
+from math import fsum
 from typing import Literal
 
 from pydantic import Field, field_validator
 
-from kernomics.cost import CostError, economics
+from kernomics.cost import economics
 from kernomics.cost.fields import Checked, parse
 
 PARTS = ("silicon", "hbm", "hbm_margin", "packaging", "test", "assembly")
@@ -44,32 +45,10 @@ class Vendor(Checked):
         return value
 
 
-def dies_per_wafer(die_mm2, wafer_mm=300.0):
-    """dies = pi * (d/2)**2 / A - pi * d / sqrt(2 * A): wafer area over die area, less the dies cut by the edge.
-
-    Not rounded down, so costs change smoothly with the area. Raises CostError where no die fits.
-    """
-    dies = economics.dies_per_wafer(die_mm2, wafer_mm)
-    if dies < 1:
-        raise CostError(f"die_mm2 is {die_mm2!r}, allowed: an area that fits a wafer of {wafer_mm:g} mm once at least")
-    return dies
-
-
-def die_yield(die_mm2, defects_per_cm2, yield_model="negative_binomial", alpha=3.0):
-    """Share of good dies, with x = defects/cm2 * cm2: exp(-x), ((1 - exp(-x)) / x)**2 or (1 + x/alpha)**-alpha."""
-    x = defects_per_cm2 * die_mm2 / 100
-    if yield_model == "poisson" or x == 0:
-        return exp(-x)
-    if yield_model == "murphy":
-        return (-expm1(-x) / x) ** 2
-    return (1 + x / alpha) ** -alpha
-
-
 def silicon_dollars(vendor):
-    """$ = dies * $/wafer / (dies/wafer * yield): good dies pay for the bad ones."""
-    good = dies_per_wafer(vendor.die_mm2, vendor.wafer_mm) * die_yield(
-        vendor.die_mm2, vendor.defects_per_cm2, vendor.yield_model, vendor.alpha)
-    return vendor.dies * vendor.wafer_dollars / good
+    """$ = dies * $ of a good die"""
+    return vendor.dies * economics.die_dollars(vendor.wafer_dollars, vendor.die_mm2, vendor.defects_per_cm2, vendor.yield_model,
+                                               vendor.alpha, vendor.wafer_mm)
 
 
 def parts(vendor):
@@ -96,6 +75,27 @@ def breakdown(vendor):
 def end_price(vendor):
     """$ = sum of the breakdown"""
     return fsum(breakdown(vendor).values())
+
+
+def steps(vendor):
+    """[(name, $, $ of all so far)] of the breakdown, in order: the last sum is the end price."""
+    shares = breakdown(vendor)
+    return list(zip(shares, shares.values(), accumulate(shares.values())))
+
+
+def from_chip(chip, **fields):
+    """The Vendor of a Chip: its die_mm2 shared out among the dies, and its memory where that is HBM, unless ``fields`` say.
+
+    Raises Unknown where nobody says.
+    """
+    found = {}
+    if "die_mm2" not in fields:
+        found["die_mm2"] = chip.need("die_mm2") / max(1, fields.get("dies", 1))
+    if "hbm_gb" not in fields:
+        found["hbm_gb"] = chip.need("memory_bytes") / 1e9 if chip.memory == "hbm" else 0.0
+        if chip.memory != "hbm":
+            fields.setdefault("hbm_dollars_per_gb", 0.0)
+    return parse(Vendor, {**found, **fields}, f"vendor of {chip.key}")
 
 
 def read(data):
