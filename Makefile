@@ -33,6 +33,7 @@ test: build lint native
 # The definition's float64 arrays of 100s of MB are cheaper from a heap that is kept than from fresh pages.
 test-long: build
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=30000000000 $(BIN)/python -m pytest --long -m long
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest --long -m long tests/test_triton.py
 
 # Without the network, and without a change to the Python that runs it.
 gpu:

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from kernomics import chip, numpy_ops
 from kernomics.contract import OPS, Case
-from kernomics.numerics import TENSOR_CORE
+from kernomics.numerics import BF16_WEIGHTS, TENSOR_CORE
 from kernomics.torch_ops import from_numpy, to_numpy
 
 SCALE = 0.1352  # softmax scale of DeepSeek-V3
@@ -172,6 +172,7 @@ def bench_case(op, kernel, case, limits, peers, tick=lambda name: None):
         tensors = inputs if op.mutates else {}
         outs = [to_numpy(x.cpu()) for x in run._results(op, result, tensors)]
         row["failed"], row["error"] = run.judge(op, work, arrays, scalars, outs,
+                                                bf16_weights=BF16_WEIGHTS,
                                                 tensor_core=TENSOR_CORE if chip.current(0).e4m3 else 0.0)
         if row["failed"]:
             return row

@@ -54,14 +54,15 @@ shared memory, matrix instructions. None spills. `make triton-table` writes this
 
 
 def resources(op, kernel, family):
-    """A row for each distinct kernel of the op on a chip; rows that print alike count once."""
-    found = {}
+    """A row for each kernel and tile that the op's bench cases launch on a chip; one of those that differ in alignment."""
     cases = [*(c for c in op.cases if c.bench), *gpu.CASES.get(op.name, ())]
+    found = {}
     for (name, words, _), launch in warmup.distinct(op, kernel, cases, chip.FAMILIES[family]).items():
-        k = warmup.compiled(launch, chip.FAMILIES[family])
-        row = {"op": op.name, "chip": family, "kernel": name, "tile": words, "dots": "tt.dot" in k.asm["ttir"], **report(k)}
-        found[line(row)] = row
-    return [found[text] for text in sorted(found)]
+        if (name, words) not in found:
+            k = warmup.compiled(launch, chip.FAMILIES[family])
+            found[name, words] = {"op": op.name, "chip": family, "kernel": name, "tile": words, "dots": "tt.dot" in k.asm["ttir"],
+                                  **report(k)}
+    return [found[key] for key in sorted(found)]
 
 
 def line(row):

@@ -61,6 +61,23 @@ def install():
             return handle(narrow(op(values(a).data), tl.bfloat16), tl.bfloat16)
         return unary(self, a, op)
 
+    # Every call of a jitted function would patch triton.language anew (1-2 ms); once a function and launch is enough.
+    run, seen = ti.GridExecutor.__call__, set()
+
+    def grid(self, *args, **options):
+        seen.clear()
+        return run(self, *args, **options)
+
+    def call(self, *args, **options):
+        if self.fn not in seen:
+            ti._patch_lang(self.fn)
+            seen.add(self.fn)
+        try:
+            return self.rewrite()(*args, **options)
+        except Exception as error:
+            raise ti.InterpreterError(repr(error)) from error
+
+    ti.GridExecutor.__call__, ti.InterpretedFunction.__call__ = grid, call
     ti._convert_float = convert_float
     builder.binary_op, builder.unary_op = binary_op, unary_op
     builder.create_dot = lambda self, a, b, *rest: dot(self, values(a), values(b), *rest)

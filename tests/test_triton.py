@@ -1,9 +1,11 @@
 """Every Triton kernel on every small case against the definition: on the GPU where there is one, else in the interpreter.
 
 The interpreter runs when TRITON_INTERPRET=1 is set before Triton is imported (``make test`` does, in a process of its
-own); it stands in for a chip with e4m3 (sm90) and for one without (sm80).
+own); it stands in for a chip with e4m3 (sm90), and in ``make test-long`` for one without that has few units (sm80: the
+tiles of large calls at small sizes) and for one whose products copy tiles by descriptor (sm100).
 """
 
+import dataclasses
 import os
 
 import numpy as np
@@ -17,7 +19,8 @@ from kernomics.triton_kernels import common  # noqa: E402
 import interpreter  # noqa: E402
 from conftest import LONG_BYTES, LONG_FLOPS, copies, drawn, judge, poison, results, wanted  # noqa: E402
 from kernomics import OPS, chip, numpy_ops  # noqa: E402
-from kernomics.numerics import TENSOR_CORE  # noqa: E402
+from kernomics.contract import Case  # noqa: E402
+from kernomics.numerics import BF16_WEIGHTS, TENSOR_CORE  # noqa: E402
 from kernomics.torch_ops import from_numpy, to_numpy  # noqa: E402
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -26,7 +29,9 @@ pytestmark = pytest.mark.skipif(not INTERPRET and not torch.cuda.is_available(),
                                 reason="no GPU, and TRITON_INTERPRET=1 is not set")
 if INTERPRET:
     interpreter.install()
-FAMILIES = ("sm90", "sm80") if INTERPRET else ("here",)
+CHIPS = {"sm90": chip.FAMILIES["sm90"], "sm80": dataclasses.replace(chip.FAMILIES["sm80"], units=2),
+         "sm100": chip.FAMILIES["sm100"]}
+BY_DESCRIPTOR = ("fp8_gemm", "fp8_linear", "fp8_grouped_gemm", "moe_experts", "mla_prefill")
 LIMIT = 3e7 if INTERPRET else LONG_FLOPS  # FLOPs of a case; the interpreter takes seconds for more
 
 
@@ -39,14 +44,16 @@ def cases():
         for case in op.cases:
             work = op.work(**case)
             if work.flops <= LIMIT and work.bytes <= (2e6 if INTERPRET else LONG_BYTES):
-                for family in FAMILIES:
-                    yield pytest.param(op, kernel, case, family, id=f"{op.name}-{case.id}-{family}")
+                for family in CHIPS if INTERPRET else ("here",):
+                    if family != "sm100" or op.name in BY_DESCRIPTOR:
+                        yield pytest.param(op, kernel, case, family, id=f"{op.name}-{case.id}-{family}",
+                                           marks=[pytest.mark.long] if family in ("sm80", "sm100") else [])
 
 
 @pytest.fixture
 def assume(monkeypatch):
     """Sets the chip that the interpreter stands for."""
-    return lambda family: monkeypatch.setattr(common, "ASSUMED", chip.FAMILIES[family]) if INTERPRET else None
+    return lambda family: monkeypatch.setattr(common, "ASSUMED", CHIPS[family]) if INTERPRET else None
 
 
 GUARD = 4096  # bytes of 0xFF (NaN, -1) on either side of every tensor; a kernel may neither use nor change them
@@ -87,9 +94,10 @@ def call(op, kernel, inputs, scalars):
     return tuple(to_numpy(x.cpu()) for x in results(op, tensors, outs))
 
 
-def tensor_core():
-    """What judges must know of FP8 sums on this chip; the interpreter adds in f32."""
-    return {"tensor_core": TENSOR_CORE} if not INTERPRET and chip.current(0).e4m3 else {}
+def arithmetic():
+    """What judges must know: softmax weights in bf16, and FP8 sums where this chip's tensor cores do them."""
+    fp8 = not INTERPRET and chip.current(0).e4m3
+    return {"bf16_weights": BF16_WEIGHTS, "tensor_core": TENSOR_CORE if fp8 else 0.0}
 
 
 @pytest.mark.parametrize("op, kernel, case, family", list(cases()))
@@ -100,10 +108,31 @@ def test_value(op, kernel, case, family, assume):
     inputs, scalars = drawn(op.name, index)
     given, select, want = wanted(op.name, index)
     got = call(op, kernel, copies(inputs), scalars)
-    judge(op, select(got), want, given | tensor_core(), f"{op.name} on {family}")
+    judge(op, select(got), want, given | arithmetic(), f"{op.name} on {family}")
     if not INTERPRET:
         again = call(op, kernel, copies(inputs), scalars)
         assert all(a.tobytes() == b.tobytes() for a, b in zip(got, again)), "other bits the second time"
+
+
+@pytest.mark.skipif(not INTERPRET, reason="bench cases take these paths on a GPU")
+@pytest.mark.parametrize("most, per", [(4096, 1), (4096, 3), (4, 1)], ids=["counts", "blocks of three", "comparing"])
+@pytest.mark.parametrize("name, case", [("moe_permute", {"t": 45, "d": 5, "top_k": 3, "n_experts": 7}),
+                                        ("moe_experts", {"t": 9, "d": 72, "n": 40, "e": 5, "top_k": 3}),
+                                        ("moe_experts_bf16", {"t": 9, "d": 72, "n": 40, "e": 5, "top_k": 3})])
+def test_many_copies(name, case, most, per, monkeypatch, assume):
+    """With bounds made small, few copies go the way of many: counts of blocks, then rows; or all compared in a launch."""
+    from kernomics.triton_kernels import moe_permute
+
+    assume("sm90")
+    monkeypatch.setattr(moe_permute, "FEW", 8)
+    monkeypatch.setattr(moe_permute, "SUB", 16)
+    monkeypatch.setattr(moe_permute, "MOST_BINS", most)
+    monkeypatch.setattr(moe_permute, "blocks", lambda copies: (-(-copies // (16 * per)), per))
+    op = OPS[name]
+    inputs, scalars = numpy_ops.sample(op, Case(**case))
+    want = op.define(**inputs, **scalars)
+    got = call(op, next(k for k in op.kernels if k.name == "triton"), copies(inputs), scalars)
+    judge(op, got, want if isinstance(want, tuple) else (want,), inputs | scalars)
 
 
 @pytest.mark.skipif(not INTERPRET, reason="patches the interpreter")
@@ -136,7 +165,8 @@ def test_the_patched_interpreter_rounds_like_torch():
 def forced():
     """(op, kernel, index of its first small case that is not empty) for calls through torch."""
     for op, kernel in kernels():
-        small = [i for i, c in enumerate(op.cases) if not c.bench and 0 < op.work(**c).flops < LONG_FLOPS]
+        small = [i for i, c in enumerate(op.cases) if not c.bench and op.work(**c).flops < LONG_FLOPS
+                 and all(min(x[1], default=1) > 0 for x in op.layout(c).values() if x)]
         yield pytest.param(op, kernel, small[0], id=op.name)
 
 

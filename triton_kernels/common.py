@@ -39,11 +39,12 @@ def codes(x, native):
 
 @triton.jit
 def e4m3_decode(b):
-    """e4m3 bytes as f16, exactly ``value / 256``: sign, exponent and mantissa move to their places, and f16 has eight
-    more in the bias; a code of NaN is NaN."""
+    """e4m3 bytes as f16, exactly ``value / 256``: sign, exponent and mantissa move to their places, and f16 has eight more
+    in the bias; a code of NaN is NaN. No comparison: those of many bytes at a time fill gfx942's scalar registers."""
     b = b.to(tl.uint16)
-    x = ((b & 0x80) << 8 | (b & 0x7F) << 7)
-    return tl.where((b & 0x7F) == 0x7F, 0x7E00, x).to(tl.uint16).to(tl.float16, bitcast=True)
+    x = (b & 0x7F) << 7
+    nan = (x + 0x80) & 0x4000  # of 0x7f: the sum carries into the exponent's highest bit, whose others are set
+    return (x | nan | (b & 0x80) << 8).to(tl.uint16).to(tl.float16, bitcast=True)
 
 
 @triton.jit

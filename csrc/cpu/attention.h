@@ -58,10 +58,14 @@ template <int KD, int VD, int LDK, int LDV> struct Attention {
                 block<LDK, 1>(keys, ceil_div(min64(LANES, rows - r0), W), kc, k + p, q + r0 / LANES * KD * LANES + p * LANES, LANES,
                               s + r0, LQ, p > 0);
             }
-        if (masked)
+        vf factor = set1(scale);
+        if (masked) {  // scaled first: -inf times a negative scale, or 0, is no -inf
+            for (int64_t j = 0; j < keys; ++j)
+                for (int64_t r = 0; r < rows; r += W) store(s + j * LQ + r, mul(load(s + j * LQ + r), factor));
+            factor = set1(1.0f);
             for (int64_t i = 0; i < rows; ++i)
                 for (int64_t j = max64(limit(i), 0); j < keys; ++j) s[j * LQ + i] = MINUS_INF;
-        const vf factor = set1(scale);
+        }
         bool rescale = false;
         for (int64_t r = 0; r < rows; r += W) {
             vf top = load(m + r);

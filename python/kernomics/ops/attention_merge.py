@@ -36,7 +36,8 @@ def _sample(rng, lead, q, h):
     ],
     sample=_sample,
     judge=lambda got, want, inputs: judge_attention(*got, *want),
-    kernels=[Kernel("cpu", "kernomics._cpu:attention_merge")],
+    kernels=[Kernel("triton", "kernomics.triton_kernels.attention_merge:launch", on="gpu"),
+             Kernel("cpu", "kernomics._cpu:attention_merge")],
 )
 def attention_merge(out_a: BF16["... q h d"], lse_a: F32["... h q"], out_b: BF16["... q h d"],
                     lse_b: F32["... h q"]) -> (BF16["... q h d"], F32["... h q"]):

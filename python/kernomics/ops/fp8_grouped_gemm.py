@@ -31,7 +31,7 @@ def _judge(got, want, inputs):
         if start < stop:
             b = dequantize(inputs["b"][i], inputs["b_scale"][i], (128, 128)).astype(np.float32)
             noise[start:stop] = np.sqrt((a[start:stop] ** 2) @ (b * b).T)
-    return judge_sums(got[0], want[0], k=a.shape[1], noise=noise)
+    return judge_sums(got[0], want[0], k=a.shape[1], noise=noise, extra=inputs.get("tensor_core", 0))
 
 
 @op(
@@ -45,13 +45,17 @@ def _judge(got, want, inputs):
         Case(t=0, e=3, n=128, k=128),  # empty
         Case(t=5, e=0, n=4, k=8),  # no expert: zeros
         Case(t=4, e=2, n=6, k=0),  # empty sums: zeros
+        Case(t=130, e=1, n=130, k=144),  # large tiles, one of each cut
         Case(t=300, e=3, n=261, k=389),  # crosses every row, column and depth tile
     ],
     sample=lambda rng, t, e, active=None: {"offsets": draw_offsets(rng, t, e, active)},
     check_data=check_offsets,
     rows=_rows,
     judge=_judge,
-    kernels=[Kernel("cpu", "kernomics._cpu:fp8_grouped_gemm", workspace=lambda dims, chip: gemm_workspace(dims["t"], dims["k"]))],
+    kernels=[
+        Kernel("triton", "kernomics.triton_kernels.fp8_grouped_gemm:launch", on="gpu"),
+        Kernel("cpu", "kernomics._cpu:fp8_grouped_gemm", workspace=lambda dims, chip: gemm_workspace(dims["t"], dims["k"])),
+    ],
 )
 def fp8_grouped_gemm(a: FP8["t k"], a_scale: F32["t k/128"], b: FP8["e n k"], b_scale: F32["e n/128 k/128"],
                      offsets: I32["e+1"]) -> BF16["t n"]:

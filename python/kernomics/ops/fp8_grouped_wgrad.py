@@ -27,13 +27,17 @@ def _judge(got, want, inputs):
         Case(t=1, e=2, n=129, k=33),  # one token
         Case(t=0, e=3, n=16, k=24),  # empty: zeros
         Case(t=5, e=0, n=4, k=8),  # no expert
+        Case(t=300, e=3, n=72, k=136),  # crosses tiles of small groups, steps and scale blocks
         Case(t=700, e=4, n=133, k=261),  # crosses every row, column and depth tile; groups straddle scale blocks
     ],
     sample=lambda rng, t, e, active=None: {"offsets": draw_offsets(rng, t, e, active)},
     check_data=check_offsets,
     rows="n",
     judge=_judge,
-    kernels=[Kernel("cpu", "kernomics._cpu:fp8_grouped_wgrad")],
+    kernels=[
+        Kernel("triton", "kernomics.triton_kernels.fp8_grouped_wgrad:launch", on="gpu"),
+        Kernel("cpu", "kernomics._cpu:fp8_grouped_wgrad"),
+    ],
 )
 def fp8_grouped_wgrad(dy: FP8["t n"], dy_scale: F32["t/128 n"], x: FP8["t k"], x_scale: F32["t/128 k"],
                       offsets: I32["e+1"]) -> F32["e n k"]:

@@ -19,7 +19,7 @@ def _judge(got, want, inputs):
     squares = (x * x) @ (w * w).T
     if inputs["bias"] is not None:
         squares = squares + inputs["bias"].astype(np.float32) ** 2
-    return judge_sums(got[0], want[0], k=x.shape[1] + 1, noise=np.sqrt(squares))
+    return judge_sums(got[0], want[0], k=x.shape[1] + 1, noise=np.sqrt(squares), extra=inputs.get("tensor_core", 0))
 
 
 @op(
@@ -39,7 +39,10 @@ def _judge(got, want, inputs):
     ],
     rows="m",
     judge=_judge,
-    kernels=[Kernel("cpu", "kernomics._cpu:fp8_linear", workspace=lambda dims, chip: gemm_workspace(dims["m"], dims["k"]))],
+    kernels=[
+        Kernel("triton", "kernomics.triton_kernels.fp8_linear:launch", on="gpu"),
+        Kernel("cpu", "kernomics._cpu:fp8_linear", workspace=lambda dims, chip: gemm_workspace(dims["m"], dims["k"])),
+    ],
 )
 def fp8_linear(x: BF16["m k"], w: FP8["n k"], w_scale: F32["n/128 k/128"], *, bias: BF16["n"] | None = None,
                activations: Literal["fp8", "bf16"] = "fp8", out_dtype: BF16 | F32 = "bf16") -> keyword("out_dtype")["m n"]:

@@ -131,7 +131,8 @@ def _judge(got, want, inputs):
     mutates=("kv_cache",),
     contiguous=("kv_cache",),
     judge=_judge,
-    kernels=[Kernel("cpu", "kernomics._cpu:mla_append_kv")],
+    kernels=[Kernel("triton", "kernomics.triton_kernels.mla_append_kv:launch", on="gpu"),
+             Kernel("cpu", "kernomics._cpu:mla_append_kv")],
 )
 def mla_append_kv(kv_c: BF16["t 512"], k_pe: BF16["t 64"], kv_cache: BF16["p page 576"] | U8["p page 656"],
                   slots: I64["t"], *, norm_weight: (BF16 | F32)["512"] | None = None, eps: float = 1e-6,

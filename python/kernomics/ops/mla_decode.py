@@ -76,6 +76,8 @@ def split_workspace(items, keys, rows):
         Case(b=3, q=3, h=5, lens=(40, 2, 17), page=7, p=11, n=7, softmax_scale=0.07),  # nothing divides; 2 keys, 3 queries
         Case(b=3, q=3, h=5, lens=(40, 2, 17), page=7, p=11, n=7, softmax_scale=0.07, kv_cache="u8", sink="f32"),
         Case(b=2, q=2, h=3, lens=(9, 30), page=16, p=5, n=3, softmax_scale=0.1, causal=False, sink="f32"),
+        Case(b=2, q=2, h=3, lens=(9, 30), page=16, p=5, n=3, softmax_scale=-0.1),
+        Case(b=2, q=2, h=3, lens=(9, 30), page=16, p=5, n=3, softmax_scale=0.0),
         Case(b=1, q=1, h=1, lens=(1,), page=1, p=1, n=1, softmax_scale=1.0),  # one token
         Case(b=1, q=1, h=1, lens=(1,), page=64, p=2, n=1, softmax_scale=1.0, kv_cache="u8"),
         Case(b=0, q=1, h=4, lens=(), page=64, p=1, n=0, softmax_scale=0.1),  # no sequences
@@ -84,14 +86,17 @@ def split_workspace(items, keys, rows):
         Case(b=3, q=1, h=16, lens=(0, 65, 0), page=64, p=3, n=2, softmax_scale=SCALE, kv_cache="u8"),
         Case(b=2, q=2, h=130, lens=(300, 129), page=64, p=9, n=6, softmax_scale=SCALE),  # crosses head and key tiles
         Case(b=2, q=1, h=33, lens=(520, 257), page=16, p=52, n=34, softmax_scale=SCALE, kv_cache="u8"),
+        Case(b=1, q=1, h=40, lens=(200,), page=64, p=5, n=4, softmax_scale=SCALE),  # more rows than a GPU's small tiles
+        Case(b=2, q=3, h=20, lens=(70, 33), page=64, p=4, n=2, softmax_scale=SCALE, kv_cache="u8"),  # a tile with 3 queries
         Case(b=5, q=1, h=17, lens=(63, 64, 65, 128, 1), page=32, p=16, n=5, softmax_scale=SCALE, kv_cache="u8"),
     ],
     sample=_sample,
     check_data=_check_data,
     contiguous=("kv_cache",),
     rows="b",
-    judge=lambda got, want, inputs: judge_attention(*got, *want),
+    judge=lambda got, want, inputs: judge_attention(*got, *want, inputs.get("bf16_weights", 0)),
     kernels=[
+        Kernel("triton", "kernomics.triton_kernels.mla_decode:launch", on="gpu"),
         Kernel("cpu", "kernomics._cpu:mla_decode", workspace=lambda dims, chip: split_workspace(
             dims["b"] * -(-dims["q"] * dims["h"] // 64), dims["n"] * dims["page"], dims["b"] * dims["q"] * dims["h"])),
     ],

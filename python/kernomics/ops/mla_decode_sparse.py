@@ -56,13 +56,15 @@ def _rows(rng, inputs):
         Case(b=0, q=1, h=4, top_k=8, page=64, p=1, softmax_scale=0.1),  # no sequences
         Case(b=1, q=2, h=4, top_k=0, page=64, p=1, softmax_scale=0.1, sink="f32"),  # no indices
         Case(b=2, q=2, h=130, top_k=300, keys=(300, 129), page=64, p=9, softmax_scale=SCALE),  # crosses head and key tiles
+        Case(b=1, q=2, h=40, top_k=100, keys=(90,), page=16, p=10, softmax_scale=SCALE, kv_cache="u8", sink="f32"),
         Case(b=2, q=1, h=33, top_k=520, keys=(520, 257), page=16, p=40, softmax_scale=SCALE, kv_cache="u8"),
     ],
     sample=_sample,
     contiguous=("kv_cache",),
     rows=_rows,
-    judge=lambda got, want, inputs: judge_attention(*got, *want),
+    judge=lambda got, want, inputs: judge_attention(*got, *want, inputs.get("bf16_weights", 0)),
     kernels=[
+        Kernel("triton", "kernomics.triton_kernels.mla_decode_sparse:launch", on="gpu"),
         Kernel("cpu", "kernomics._cpu:mla_decode_sparse", workspace=lambda dims, chip: split_workspace(
             dims["b"] * dims["q"] * -(-dims["h"] // 64), dims["top_k"], dims["b"] * dims["q"] * dims["h"])),
     ],

@@ -32,7 +32,7 @@ def _judge(got, want, inputs):
     for i, w in enumerate(weights):
         terms2 = (q[i] ** 2) @ (k**2).T + np.maximum(q[i] @ k.T, 0) ** 2  # [h, s]
         noise[i] = np.sqrt(w**2 @ terms2) * np.abs(k_scale)
-    return judge_sums(got[0], want[0], k=128 + q.shape[1], noise=noise)
+    return judge_sums(got[0], want[0], k=128 + q.shape[1], noise=noise, extra=inputs.get("tensor_core", 0))
 
 
 @op(
@@ -49,11 +49,16 @@ def _judge(got, want, inputs):
         Case(t=9, h=2, s=6),  # more queries than keys: empty windows
         Case(t=67, h=33, s=261, ragged=True),  # crosses query, head and key tiles
         Case(t=130, h=65, s=130),
+        Case(t=3, h=70, s=140),  # more heads than a step of most GPUs
+        Case(t=70, h=1, s=140, ragged=True),  # several steps of queries in a chunk of GPUs with few units
     ],
     sample=_sample,
     rows="t",
     judge=_judge,
-    kernels=[Kernel("cpu", "kernomics._cpu:mla_index")],
+    kernels=[
+        Kernel("triton", "kernomics.triton_kernels.mla_index:launch", on="gpu"),
+        Kernel("cpu", "kernomics._cpu:mla_index"),
+    ],
 )
 def mla_index(q: FP8["t h 128"], k: FP8["s 128"], k_scale: F32["s"], weights: F32["t h"], start: I32["t"],
               stop: I32["t"]) -> F32["t s"]:

@@ -62,12 +62,17 @@ def two_heads(rng, inputs):
         Case(b=2, t=330, s=394, h=2, t_lens=(200, 130), s_lens=(200, 194), softmax_scale=SCALE),  # crosses query, key tiles
         Case(b=1, t=3, s=5, h=33, softmax_scale=SCALE),
         Case(b=1, t=130, s=259, h=1, softmax_scale=SCALE, causal=False),
+        Case(b=2, t=200, s=270, h=1, t_lens=(130, 70), s_lens=(190, 80), softmax_scale=SCALE),  # the tiles of GPUs
+        Case(b=1, t=9, s=13, h=2, softmax_scale=-0.07),
     ],
     sample=draw_offsets,
     check_data=check_offsets,
     rows=two_heads,
-    judge=lambda got, want, inputs: judge_attention(*got, *want),
-    kernels=[Kernel("cpu", "kernomics._cpu:mla_prefill")],
+    judge=lambda got, want, inputs: judge_attention(*got, *want, inputs.get("bf16_weights", 0)),
+    kernels=[
+        Kernel("triton", "kernomics.triton_kernels.mla_prefill:launch", on="gpu"),
+        Kernel("cpu", "kernomics._cpu:mla_prefill"),
+    ],
 )
 def mla_prefill(q: BF16["t h 192"], k: BF16["s h 192"], v: BF16["s h 128"], cu_q: I32["b+1"], cu_k: I32["b+1"], *,
                 softmax_scale: float, causal: bool = True) -> (BF16["t h 128"], F32["h t"]):

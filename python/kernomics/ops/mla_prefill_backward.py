@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from kernomics.contract import BF16, F32, I32, Case, op
+from kernomics.contract import BF16, F32, I32, Case, Kernel, op
 from kernomics.numerics import DTYPES, UNIT, norm_error, rounded
 from kernomics.ops.mla_prefill import SCALE, check_offsets, draw_offsets, mla_prefill, pairs, seen, two_heads
 
@@ -72,7 +72,9 @@ def _judge(got, want, inputs):
     check_data=check_offsets,
     rows=two_heads,
     judge=_judge,
-    kernels=[],
+    kernels=[
+        Kernel("triton", "kernomics.triton_kernels.mla_prefill_backward:launch", on="gpu"),
+    ],
 )
 def mla_prefill_backward(dout: BF16["t h 128"], dlse: F32["h t"], q: BF16["t h 192"], k: BF16["s h 192"],
                          v: BF16["s h 128"], out: BF16["t h 128"], lse: F32["h t"], cu_q: I32["b+1"],

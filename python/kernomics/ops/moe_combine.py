@@ -32,7 +32,10 @@ def _judge(got, want, inputs):
     check_data=check_rows_of,
     rows="t",
     judge=_judge,
-    kernels=[Kernel("cpu", "kernomics._cpu:moe_combine")],
+    kernels=[
+        Kernel("triton", "kernomics.triton_kernels.moe_combine:launch", on="gpu"),
+        Kernel("cpu", "kernomics._cpu:moe_combine"),
+    ],
 )
 def moe_combine(y: (BF16 | F32)["t*top_k d"], row_of: I32["t top_k"],
                 weights: F32["t top_k"] | None = None) -> like("y")["t d"]:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from kernomics.contract import BF16, F32, I32, Case, like, op
+from kernomics.contract import BF16, F32, I32, Case, Kernel, like, op
 from kernomics.numerics import draw_weights, judge_sums
 from kernomics.ops.moe_permute_backward import check_rows_of, sample_rows_of
 
@@ -42,6 +42,7 @@ def _judge(got, want, inputs):
         {"weights": draw_weights(rng, t, top_k)} if weights else {}),
     check_data=check_rows_of,
     judge=_judge,
+    kernels=[Kernel("triton", "kernomics.triton_kernels.moe_combine_backward:launch", on="gpu")],
 )
 def moe_combine_backward(dout: (BF16 | F32)["t d"], y: (BF16 | F32)["t*top_k d"], row_of: I32["t top_k"],
                          weights: F32["t top_k"] | None = None) -> (like("y")["t*top_k d"], F32["t top_k"]):

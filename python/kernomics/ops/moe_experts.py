@@ -62,6 +62,7 @@ def judge_block(got, want, inputs, w13, w2, activations):
     allowed. s is that of twice the output's rounding, of the sums and of the steps; the latter span only n of d
     directions where n is smaller.
     """
+    core = inputs.get("tensor_core", 0) if activations is as_fp8 else 0
     unit, weights, experts = UNIT["f32"], inputs["weights"].astype(np.float64), inputs["experts"]
     r, y64 = np.asarray(want[0], np.float64), got[0].astype(np.float64)
     x = activations(inputs["x"])
@@ -72,7 +73,7 @@ def judge_block(got, want, inputs, w13, w2, activations):
             token, slot = np.nonzero(experts == i)
             a, w = x[token], w13(i)
             h = a @ w.T
-            reach = 4 * np.sqrt(d) * unit * np.sqrt((a * a) @ (w * w).T)
+            reach = (4 * np.sqrt(d) * unit + core) * np.sqrt((a * a) @ (w * w).T)
             low, h, high = round_bf16(h - reach), round_bf16(h), round_bf16(h + reach)
             gate, up = np.split(h, 2, axis=1)
             dgate, dup = np.split(np.maximum(high - h, h - low), 2, axis=1)
@@ -90,7 +91,7 @@ def judge_block(got, want, inputs, w13, w2, activations):
                 dz = np.maximum(high - z, z - low)
             w = w2(i)
             y = z @ w.T
-            reach = 4 * np.sqrt(n) * unit * np.sqrt((z * z) @ (w * w).T)
+            reach = (4 * np.sqrt(n) * unit + core) * np.sqrt((z * z) @ (w * w).T)
             dy = np.sqrt((dz * dz) @ (w * w).T)
             share = weights[token, slot][:, None]
             # Of errors below a bf16 step (2**-7 |y|), a part error / step makes the sum round the other way.
@@ -182,7 +183,10 @@ def workspace(dims, chip):
     check_data=lambda error, experts, e: check_index(error, "experts", experts, e),
     rows="t",
     judge=_judge,
-    kernels=[Kernel("cpu", "kernomics._cpu:moe_experts", workspace=workspace)],
+    kernels=[
+        Kernel("triton", "kernomics.triton_kernels.moe_experts:launch", on="gpu"),
+        Kernel("cpu", "kernomics._cpu:moe_experts", workspace=workspace),
+    ],
 )
 def moe_experts(x: BF16["t d"], w13: FP8["e 2*n d"], w13_scale: F32["e n/64 d/128"], w2: FP8["e d n"],
                 w2_scale: F32["e d/128 n/128"], weights: F32["t top_k"], experts: I32["t top_k"], *,

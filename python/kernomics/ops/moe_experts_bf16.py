@@ -42,7 +42,10 @@ def _sample(rng, t, d, n, e, top_k, active=None):
     check_data=lambda error, experts, e: check_index(error, "experts", experts, e),
     rows="t",
     judge=lambda got, want, inputs: judge_block(got, want, inputs, *_matrices(inputs["w13"], inputs["w2"]), as_bf16),
-    kernels=[Kernel("cpu", "kernomics._cpu:moe_experts_bf16", workspace=workspace)],
+    kernels=[
+        Kernel("triton", "kernomics.triton_kernels.moe_experts_bf16:launch", on="gpu"),
+        Kernel("cpu", "kernomics._cpu:moe_experts_bf16", workspace=workspace),
+    ],
 )
 def moe_experts_bf16(x: BF16["t d"], w13: BF16["e 2*n d"], w2: BF16["e d n"], weights: F32["t top_k"],
                      experts: I32["t top_k"]) -> BF16["t d"]:

@@ -37,7 +37,10 @@ def _judge(got, want, inputs):
     check=_check,
     check_data=lambda error, experts, n_experts: check_index(error, "experts", experts, n_experts),
     judge=_judge,
-    kernels=[Kernel("cpu", "kernomics._cpu:moe_permute", workspace=lambda dims, chip: 4 * dims["e"])],
+    kernels=[
+        Kernel("triton", "kernomics.triton_kernels.moe_permute:launch", on="gpu"),
+        Kernel("cpu", "kernomics._cpu:moe_permute", workspace=lambda dims, chip: 4 * dims["e"]),
+    ],
 )
 def moe_permute(x: (BF16 | F32 | FP8)["t d"], experts: I32["t top_k"], *,
                 n_experts: int) -> (like("x")["t*top_k d"], I32["e+1"], I32["t top_k"]):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from kernomics.contract import BF16, F32, I32, Case, like, op
+from kernomics.contract import BF16, F32, I32, Case, Kernel, like, op
 from kernomics.numerics import check_index, judge_sums
 
 
@@ -46,6 +46,7 @@ def _judge(got, want, inputs):
     check_data=check_rows_of,
     rows="t",
     judge=_judge,
+    kernels=[Kernel("triton", "kernomics.triton_kernels.moe_permute_backward:launch", on="gpu")],
 )
 def moe_permute_backward(dx_sorted: (BF16 | F32)["t*top_k d"], row_of: I32["t top_k"]) -> like("dx_sorted")["t d"]:
     """``dx[t] = sum_j dx_sorted[row_of[t, j]]``, in float32 in the order of the slots.

@@ -4,7 +4,7 @@ from typing import Literal
 
 import numpy as np
 
-from kernomics.contract import BF16, F32, I32, Case, like, op
+from kernomics.contract import BF16, F32, I32, Case, Kernel, like, op
 from kernomics.numerics import UNIT, check_index, draw_experts, norm_error, rounded
 from kernomics.ops.moe_route import scores_of
 
@@ -31,6 +31,7 @@ def _judge(got, want, inputs):
     check_data=lambda error, experts, e: check_index(error, "experts", experts, e, lowest=0),
     rows="t",
     judge=_judge,
+    kernels=[Kernel("triton", "kernomics.triton_kernels.moe_route_backward:launch", on="gpu")],
 )
 def moe_route_backward(dweights: F32["t top_k"], logits: (F32 | BF16)["t e"], bias: F32["e"] | None,
                        experts: I32["t top_k"], *, score: Literal["sigmoid", "softmax"] = "sigmoid",
