@@ -135,6 +135,22 @@ def test_many_copies(name, case, most, per, monkeypatch, assume):
     judge(op, got, want if isinstance(want, tuple) else (want,), inputs | scalars)
 
 
+@pytest.mark.parametrize("few", [1024, 8], ids=["few", "many"])
+@pytest.mark.parametrize("layout", ["bf16", "u8"])
+def test_the_last_of_one_slot_wins(layout, few, monkeypatch, assume):
+    from kernomics.triton_kernels import mla_append_kv
+
+    assume("sm90")
+    monkeypatch.setattr(mla_append_kv, "FEW", few)
+    op = OPS["mla_append_kv"]
+    kernel = next(k for k in op.kernels if k.name == "triton")
+    inputs, scalars = numpy_ops.sample(op, Case(t=20, p=2, page=4, kv_cache=layout))
+    inputs["slots"] = np.arange(20, dtype=np.int64) % 7 - 1  # -1 skips; the last seven tokens are the last of their slots
+    last = {n: x if x is None or n == "kv_cache" else x[13:] for n, x in inputs.items()}
+    (got,), (want,) = (call(op, kernel, copies(x), scalars) for x in (inputs, last))
+    assert got.tobytes() == want.tobytes()
+
+
 @pytest.mark.skipif(not INTERPRET, reason="patches the interpreter")
 def test_the_patched_interpreter_rounds_like_torch():
     """Casts from f32 to bf16 and e4m3 and a bf16 product, value by value against torch."""

@@ -7,7 +7,11 @@ enter the products as bf16, which holds them exactly; their f32 scales multiply 
 A schedule lays the blocks of all items on a line, GAP blocks between items for what each costs beyond its keys, and
 cuts the line into ``parts`` of equal length. A program takes one part for one tile of rows: it looks its items up from
 the lengths, gives out the items that lie within the part, and leaves of others out, maximum and total in the
-workspace, at most two of them (``slot``), for ``merge_kernel``. ``span[i]``: first and last part of item i.
+workspace, at most two of them, for ``merge_kernel``. ``span[i]``: first and last part of item i.
+
+Weights are rounded to bf16 for the product with the values. SWAP: keys take the rows of the products, for few rows on
+chips whose instructions have 64 or more; the free half of the columns takes what the rounding leaves. EARLY: conditions
+that always hold keep a block's work behind the loads of the next block, and the compiler from chaining products.
 """
 
 import torch
@@ -77,7 +81,7 @@ def lookup(places, item, n, stop, width, pages, PAGE: tl.constexpr, BN: tl.const
     else:
         page = tl.load(places + item * width + key // PAGE, mask=inside, other=0)
         ok = (page >= 0) & (page < pages)
-        return tl.where(inside & ok, page * PAGE + key % PAGE, -1), tl.where(inside & (not ok), 1, 0)
+        return tl.where(inside & ok, page * PAGE + key % PAGE, -1), tl.where(inside, tl.where(ok, 0, 1), 0)
 
 
 @triton.jit
@@ -234,24 +238,15 @@ def add(acc, p, fade, v, scale, slot, ok, go, C: tl.constexpr, FP8: tl.constexpr
 
 
 @triton.jit
-def halves(w):
-    """Weights as the sum of two bf16, as rounded to one they err more than the result may: the upper bits, and the rest."""
-    bits = w.to(tl.uint32, bitcast=True)
-    rest = w - (bits & 0xFFFF0000).to(tl.float32, bitcast=True)  # NaN where w is
-    return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), rest.to(tl.bfloat16)
-
-
-@triton.jit
 def add_one(acc, w, fade, v, go, EARLY: tl.constexpr, HOLD: tl.constexpr):
-    high, low = halves(w)
+    w = hold(w.to(tl.bfloat16), HOLD)
     acc *= fade[:, None]
-    high = hold(high, HOLD)
     if EARLY:
         if go:  # hides from the compiler that products are chained: it would have each warp compute all columns
-            acc = tl.dot(high, v, acc)
+            acc = tl.dot(w, v, acc)
     else:
-        acc = tl.dot(high, v, acc)
-    return tl.dot(hold(low, HOLD), v, acc)
+        acc = tl.dot(w, v, acc)
+    return acc
 
 
 @triton.jit
@@ -364,7 +359,7 @@ def kernel(q, latent, rope, scale, places, lens, sink, out, lse, part_out, part_
             q_latent = q_latent + (x,)
         q_rope = tl.load(q_at + (512 + tl.arange(0, 64))[None, :], mask=inside[:, None], other=0.0)
         acc = ()
-        for c in tl.static_range(C):
+        for _ in tl.static_range(C):
             acc = acc + (tl.zeros((W, 2 * BM) if SWAP else (BM, W), tl.float32),)
         top = tl.full((BM,), float("-inf"), tl.float32)
         total = tl.zeros((BM,), tl.float32)
@@ -469,7 +464,7 @@ def tile(rows, fp8, scattered, chip):
 
     The sums take rows x 512 f32 registers: 32768 for 64 rows, 128 a thread of 8 warps. sm90, per 64 keys and clock counts
     of its tensor cores (4096 FLOP) and shared memory (128 bytes): 64 rows 1725 for the scores, whose operands both lie in
-    shared memory, 2060 for two products with the values and about 700 for the softmax, that is 48 % of the peak for the
+    shared memory, 1030 for the product with the values and about 700 for the softmax, that is 63 % of the peak for the
     op's own FLOPs; up to 32 rows wgmma takes keys for rows (SWAP), and its 1400 are less than the 4140 in which an SM's
     share of memory brings 64 keys of bf16, or 2360 of the 656-byte tokens, whose widening takes 1000 more. Tiles of 64
     rows read 73728 bytes a block through L2, 50 a clock and SM at the peak; smaller ones more for the same work.
@@ -480,14 +475,14 @@ def tile(rows, fp8, scattered, chip):
             return 16, 64, c, 8, 2, True, True, chip.units
         if rows <= 32 and chip.family == "sm90":
             return 32, 64, c, 8, 2, True, True, chip.units
-        tight = fp8 and (scattered or chip.family != "sm90")  # of registers
+        tight = fp8 and scattered if chip.family == "sm90" else fp8 or scattered  # of registers
         return 64, 32 if tight else 64, c, 8, 2, False, True, chip.units
     if chip.family == "sm80" and rows > 16:  # in registers: 64 of sums, the operands as they come
         return 32, 32, c, 8, 3, False, False, chip.units
     if chip.family == "sm80":
         return 16, 64, c, 8, 2, False, True, chip.units
     if chip.amd:
-        return 16, 32, c, 4, 1 if fp8 else 2, False, False, chip.units
+        return 16, 16 if scattered else 32, c, 4, 1 if fp8 or scattered else 2, False, False, chip.units
     return 16, 64 if fp8 else 32, c, 8, 2 if fp8 else 3, False, True, chip.units
 
 
@@ -509,7 +504,7 @@ def spaces(items, rows, most, bm, bn, units):
 
 
 def launch(q, kv_cache, places, lens, sink, out, lse, workspace, factor, causal, choice):
-    """``choice``: rows, keys, operands of the latent, warps, stages and programs of the chip at a time."""
+    """``choice``: what ``tile`` gives."""
     (b, n_q, h, _), (p, page, _), width, chip = q.shape, kv_cache.shape, places.shape[-1], chip_of(q)
     (bm, bn, c, warps, stages, swap, early, units), sparse, fp8 = choice, lens is None, kv_cache.dtype == torch.uint8
     items, queries, spread = (b * n_q, 1, n_q) if sparse else (b, n_q, 1)
@@ -531,9 +526,9 @@ def launch(q, kv_cache, places, lens, sink, out, lse, workspace, factor, causal,
         rope, scale = kv_cache.view(torch.bfloat16), kv_cache.view(torch.float32)
         latent = kv_cache.view(torch.float8_e4m3fn) if chip.e4m3 else kv_cache
     run(kernel, (n * tiles,), q, latent, rope, scale, places, lens, sink, out, lse, part_out, part_stat, span, items, queries,
-        h, spread, width, p, most, n, factor * LOG2E, PAGE=page, SPARSE=sparse, CAUSAL=causal, MIXED=causal and queries > 1 and h % bm > 0,
-        FP8=fp8, NATIVE=chip.e4m3, BM=bm, BN=bn, C=c, STAGES=stages, GAP=GAP, LEAST=max(128 // bn, 1),
-        SWAP=swap, EARLY=early, HOLD=compiled and chip.family == "sm90" and bm >= 64,
+        h, spread, width, p, most, n, factor * LOG2E, PAGE=page, SPARSE=sparse, CAUSAL=causal,
+        MIXED=causal and queries > 1 and h % bm > 0, FP8=fp8, NATIVE=chip.e4m3, BM=bm, BN=bn, C=c, STAGES=stages, GAP=GAP,
+        LEAST=max(128 // bn, 1), SWAP=swap, EARLY=early, HOLD=compiled and chip.family == "sm90" and bm >= 64,
         ASM=compiled and fp8 and chip.family in ("sm90", "sm100", "sm103"), num_warps=warps)
     if n > 1:
         each = max(1, items * rows // (chip.units * 8))

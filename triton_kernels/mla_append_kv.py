@@ -1,4 +1,9 @@
-"""``mla_append_kv``: one program takes a few tokens, each read once, and writes them to their places in the cache."""
+"""``mla_append_kv``: one program takes a few tokens, each read once, and writes them to their places in the cache.
+
+Of tokens with one slot the last is written: two at a time would mix. Up to FEW tokens a program looks for later ones
+itself (1024 slots are 8 KB of L2); more tokens first write themselves, then the largest of them, into their slot's
+place of a table, whose other places nobody reads.
+"""
 
 import torch
 import triton
@@ -6,6 +11,7 @@ import triton.language as tl
 from kernomics.triton_kernels.common import block_scale, chip_of, e4m3_encode, run
 
 FLOOR = 1e-4  # of fp8_quantize
+FEW = 1024
 
 
 def tile(dims, chip):
@@ -14,12 +20,35 @@ def tile(dims, chip):
     return (4, 4) if dims["t"] > 2 * chip.units else (1, 4)
 
 
+def workspace(dims, chip):
+    return 4 * dims["p"] * dims["page"] if dims["t"] > FEW else 0
+
+
 @triton.jit
-def kernel(kv_c, k_pe, latent, rope, scales, slots, weight, cos, sin, t, n_slots, eps, INTERLEAVED: tl.constexpr,
+def claim_kernel(slots, owner, t, n_slots, LARGEST: tl.constexpr):
+    """A token of each slot, then the last of them, into ``owner``."""
+    token = tl.program_id(0) * 256 + tl.arange(0, 256)
+    slot = tl.load(slots + token, mask=token < t, other=-1)
+    keep = (slot >= 0) & (slot < n_slots)
+    if LARGEST:
+        tl.atomic_max(owner + slot, token, mask=keep)
+    else:
+        tl.store(owner + slot, token, mask=keep)
+
+
+@triton.jit
+def kernel(kv_c, k_pe, latent, rope, scales, slots, owner, weight, cos, sin, t, n_slots, eps, INTERLEAVED: tl.constexpr,
            POW2: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr, TOKENS: tl.constexpr, FLOOR: tl.constexpr):
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     slot = tl.load(slots + token, mask=token < t, other=-1)
     keep = (slot >= 0) & (slot < n_slots)
+    if owner is None:
+        for first in range(0, t, 128):
+            other = first + tl.arange(0, 128)
+            same = tl.load(slots + other, mask=other < t, other=-1)[None, :] == slot[:, None]
+            keep = keep & (tl.sum((same & (other[None, :] > token[:, None])).to(tl.int32), axis=1) == 0)
+    else:
+        keep = keep & (tl.load(owner + slot, mask=keep, other=-1) == token)
     col = tl.arange(0, 512)
     x = tl.load(kv_c + token[:, None] * 512 + col[None, :], mask=keep[:, None], other=0.0).to(tl.float32)
     if weight is not None:
@@ -58,6 +87,9 @@ def launch(kv_c, k_pe, kv_cache, slots, norm_weight, cos, sin, workspace, eps, i
     (t, _), (p, page, _), chip, fp8 = kv_c.shape, kv_cache.shape, chip_of(kv_c), kv_cache.dtype == torch.uint8
     tokens, warps = tile({"t": t}, chip)
     rope, scales = (kv_cache.view(torch.bfloat16), kv_cache.view(torch.float32)) if fp8 else (kv_cache, None)
-    run(kernel, (triton.cdiv(t, tokens),), kv_c, k_pe, kv_cache, rope, scales, slots, norm_weight, cos, sin, t, p * page, eps,
-        INTERLEAVED=interleaved, POW2=scale == "pow2", FP8=fp8, NATIVE=chip.e4m3, TOKENS=tokens, FLOOR=FLOOR,
+    owner = workspace.view(torch.int32) if t > FEW and workspace is not None else None
+    for largest in () if owner is None else (False, True):
+        run(claim_kernel, (triton.cdiv(t, 256),), slots, owner, t, p * page, LARGEST=largest, num_warps=4)
+    run(kernel, (triton.cdiv(t, tokens),), kv_c, k_pe, kv_cache, rope, scales, slots, owner, norm_weight, cos, sin, t, p * page,
+        eps, INTERLEAVED=interleaved, POW2=scale == "pow2", FP8=fp8, NATIVE=chip.e4m3, TOKENS=tokens, FLOOR=FLOOR,
         num_warps=warps)

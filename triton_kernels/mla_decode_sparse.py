@@ -6,7 +6,7 @@ from kernomics.triton_kernels.common import chip_of
 
 
 def tile(dims, chip):
-    """Rows, keys, operands of the latent, warps, stages and programs of the chip at a time."""
+    """See ``mla.tile``."""
     return mla.tile(dims["h"], dims["fp8"], True, chip)
 
 
