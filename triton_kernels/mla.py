@@ -482,7 +482,8 @@ def tile(rows, fp8, scattered, chip):
     if chip.family == "sm80":
         return 16, 64, c, 8, 2, False, True, chip.units
     if chip.amd:
-        return 16, 16 if scattered else 32, c, 4, 1 if fp8 or scattered else 2, False, False, chip.units
+        warps = 8 if scattered and not fp8 else 4  # 4 would spill scalar registers
+        return 16, 16 if scattered else 32, c, warps, 1 if fp8 or scattered else 2, False, False, chip.units
     return 16, 64 if fp8 else 32, c, 8, 2 if fp8 else 3, False, True, chip.units
 
 
