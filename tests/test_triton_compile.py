@@ -20,7 +20,8 @@ TRITON = [(op, k) for op in OPS.values() for k in op.kernels if k.name == "trito
 FP8 = {"sm80": "HMMA", "sm90": "QGMMA", "sm100": "UTCQMMA", "sm120": "QMMA", "gfx942": "v_mfma", "gfx950": "v_mfma"}
 BF16 = FP8 | {"sm90": "HGMMA", "sm100": "UTCHMMA", "sm120": "HMMA"}
 MUST = {name: FP8 for name in ("fp8_gemm", "fp8_grouped_gemm", "fp8_linear", "mla_index", "moe_experts")} | {
-    name: BF16 for name in ("fp8_grouped_wgrad", "mla_decode", "mla_decode_sparse", "mla_prefill", "mla_prefill_backward", "moe_experts_bf16")}
+    name: BF16 for name in ("fp8_grouped_wgrad", "mla_decode", "mla_decode_sparse", "mla_prefill", "mla_prefill_backward",
+                            "moe_experts_bf16")}
 
 
 def families():
