@@ -5,6 +5,7 @@ own); it stands in for a chip with e4m3 (sm90), and in ``make test-long`` for on
 tiles of large calls at small sizes) and for one whose products copy tiles by descriptor (sm100).
 """
 
+import contextlib
 import dataclasses
 import os
 
@@ -18,7 +19,7 @@ from kernomics.triton_kernels import common  # noqa: E402
 
 import interpreter  # noqa: E402
 from conftest import LONG_BYTES, LONG_FLOPS, copies, drawn, judge, poison, results, wanted  # noqa: E402
-from kernomics import OPS, chip, numpy_ops  # noqa: E402
+from kernomics import OPS, NoKernel, chip, numpy_ops, torch_ops  # noqa: E402
 from kernomics.contract import Case  # noqa: E402
 from kernomics.numerics import BF16_WEIGHTS, TENSOR_CORE  # noqa: E402
 from kernomics.torch_ops import from_numpy, to_numpy  # noqa: E402
@@ -175,7 +176,7 @@ def test_the_patched_interpreter_rounds_like_torch():
     assert (product - exact).norm() < 1e-6 * exact.norm()
 
 
-# ---------------------------------------------------------------- on a GPU: the torch op
+# ---------------------------------------------------------------- the torch op
 
 
 def forced():
@@ -184,6 +185,25 @@ def forced():
         small = [i for i, c in enumerate(op.cases) if not c.bench and op.work(**c).flops < LONG_FLOPS
                  and all(min(x[1], default=1) > 0 for x in op.layout(c).values() if x)]
         yield pytest.param(op, kernel, small[0], id=op.name)
+
+
+@pytest.mark.skipif(not INTERPRET, reason="test_torch_op calls it")
+@pytest.mark.parametrize("op, kernel, index", list(forced()))
+def test_the_call_on_a_gpu(op, kernel, index, monkeypatch, assume):
+    """What torch calls for GPU tensors: bind, choice of the kernel by family, outputs, workspace, launch; unproved warns."""
+    assume("sm90")
+    monkeypatch.setattr(torch_ops.chip, "current", lambda index: CHIPS["sm90"])
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    inputs, scalars = drawn(op.name, index)
+    want = call(op, kernel, copies(inputs), scalars)
+    tensors = {n: x if x is None else from_numpy(x.copy()) for n, x in inputs.items()}
+    _, _, values = numpy_ops.checked(op, list(inputs.values()), list(scalars.values()))
+    with pytest.warns(UserWarning, match=f"{op.name}: kernel 'triton' is unproved on sm90"):
+        out = torch_ops._run_gpu(op, tuple(tensors.values()), values, None)
+    got = [to_numpy(x) for x in results(op, tensors, out)]
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(got, want, strict=True))
+    with pytest.raises(NoKernel, match="triton: backend='quantum' was asked for"):
+        torch_ops._run_gpu(op, tuple(tensors.values()), values, "quantum")
 
 
 @pytest.mark.skipif(INTERPRET, reason="needs a GPU")

@@ -7,13 +7,20 @@ import os
 
 import pytest
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter is on", allow_module_level=True)
 
+from kernomics.bench import gpu  # noqa: E402
+from kernomics.triton_kernels import warmup  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
+
 import ahead_of_time as aot  # noqa: E402
 from kernomics import OPS, chip  # noqa: E402
+from kernomics.cli import app  # noqa: E402
+from kernomics.contract import Case  # noqa: E402
+from kernomics.cost.model import Model  # noqa: E402
 
 TRITON = [(op, k) for op in OPS.values() for k in op.kernels if k.name == "triton"]
 # The matrix instruction of each chip's widest path, which the main kernel of an op with such operands must use.
@@ -42,3 +49,49 @@ def test_compiles(op, kernel, family):
     if op.name in MUST:
         assert any(x.startswith(MUST[op.name][family]) for row in found for x in row["matrix"]), found
     assert [aot.line(row) for row in found] == aot.committed(op.name, family), "make triton-table, and look at the difference"
+
+
+def all_cases(op):
+    return [*op.cases, *gpu.CASES.get(op.name, ())]
+
+
+@pytest.mark.parametrize("family", chip.FAMILIES)
+@pytest.mark.parametrize("op, kernel", TRITON, ids=lambda x: getattr(x, "name", ""))
+def test_launches_follow_from_shapes_alone(op, kernel, family):
+    """On every chip and for every case, empty and huge ones too: tensors without memory give launches, the same twice,
+    with a grid that the chip takes and tiles of powers of two."""
+    for case in all_cases(op):
+        first, again = (warmup.launches(op, kernel, case, chip.FAMILIES[family]) for _ in range(2))
+        assert [(f.__name__, o) for f, _, o in first] == [(f.__name__, o) for f, _, o in again]
+        for _, _, options in first:
+            tiles = [v for n, v in options.items() if n in ("BM", "BN", "BK", "COLS", "ROWS", "num_warps")]
+            assert all(v > 0 and v & (v - 1) == 0 for v in tiles), options
+        assert len(first) <= 6
+
+
+def test_experts_take_six_launches_at_most():
+    op = OPS["moe_experts"]
+    kernel = next(k for k in op.kernels if k.name == "triton")
+    for t, most in ((1, 5), (128, 5), (4096, 6)):
+        case = Case(t=t, d=7168, n=2048, e=32, top_k=8)
+        assert len(warmup.launches(op, kernel, case, chip.FAMILIES["sm90"])) <= most
+
+
+def test_warmup_names_the_kernels_of_a_model():
+    jobs = warmup.jobs(Model.load("deepseek-v3"), chip.FAMILIES["sm90"], tokens=(1, 64), context=4096)
+    assert {"fp8_gemm", "mla_decode", "mla_prefill", "moe_route", "moe_experts", "swiglu_quantize"} <= {key[0] for key in jobs}
+    assert not {"mla_index", "fp8_grouped_wgrad"} & {key[0] for key in jobs}  # V3 has no indexer and does not train here
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--chip", "sm91"], "chip is 'sm91'"), (["--chip", "sm90", "--tokens", "0"], "tokens is '0'"), ([], "sees no GPU")])
+def test_warmup_refuses(options, words):
+    if not options and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    result = CliRunner().invoke(app, ["warmup", *options])
+    assert result.exit_code == 2 and words in result.output
+
+
+def test_dry_bench_lists_every_row(capsys):
+    assert gpu.dry() == sum(1 for op, _ in TRITON for c in all_cases(op) if c.bench)
+    assert "grouped" in capsys.readouterr().out
