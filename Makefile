@@ -43,8 +43,8 @@ ifdef DRY
 	$(BIN)/kernomics bench --gpu --dry
 else
 	$(PYTHON) -m pip install -q --no-index --no-build-isolation --no-deps --upgrade --target build/gpu .
-	PYTHONPATH=build/gpu $(PYTHON) -m pytest -p no:cacheprovider tests/test_triton.py
-	PYTHONPATH=build/gpu $(PYTHON) -m kernomics bench --gpu --results $(RESULTS)
+	PYTHONPATH=build/gpu $(PYTHON) -m pytest -p no:cacheprovider $$($(PYTHON) -c "import xdist; print('-n 8')" 2> /dev/null) tests/test_triton.py
+	PYTHONPATH=build/gpu $(PYTHON) -m kernomics.bench.gpu --results $(RESULTS)
 endif
 
 # docs/triton_kernels.md: registers, shared memory and matrix instructions of each kernel on each chip

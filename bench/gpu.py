@@ -6,8 +6,10 @@ finds them in memory and not in L2, because the graph's calls take copies in tur
 
 import os
 import re
+from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timezone
 from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -15,7 +17,7 @@ from kernomics.bench import run
 from kernomics.bench.timing import Timing
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, track
 from rich.table import Table
 from rich.text import Text
 
@@ -76,6 +78,27 @@ def rows(ops=None):
             for kernel in op.kernels:
                 if kernel.on != "cpu":
                     yield op, kernel, case
+
+
+def compile_op(name, target):
+    """Compile what the op's rows launch on ``target``, a chip.Chip, into Triton's cache on disk."""
+    from kernomics.triton_kernels import warmup
+
+    op = OPS[name]
+    kernel = next(k for k in op.kernels if k.name == "triton")
+    launches = warmup.distinct(op, kernel, [c for _, k, c in rows([name]) if k is kernel], target)
+    for launch in launches.values():
+        warmup.compiled(launch, target)
+    return len(launches)
+
+
+def compile_all(ops, target, console):
+    """Compile all rows' kernels, each op in a process of its own: one after the other they would take minutes."""
+    names = sorted({op.name for op, kernel, _ in rows(ops) if kernel.name == "triton"})
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(names)), get_context("spawn")) as pool:
+        jobs = [pool.submit(compile_op, name, target) for name in names]
+        for job in track(jobs, "compiling", console=console, transient=True):
+            job.result()
 
 
 # ---------------------------------------------------------------- the chip
@@ -268,6 +291,7 @@ def main(ops=None, folder=None, peers=True, console=None):
     key, limits = chip_key(torch.cuda.get_device_name(0)), ceilings()
     shown = ", ".join(f"{n} {v / 1e12:.2f} T" for n, v in limits.items() if n.startswith(("bytes_copy", "flops")))
     console.print(f"{torch.cuda.get_device_name(0)} as {key}: {shown}/s")
+    compile_all(ops, chip.current(0), console)
     todo, done = list(rows(ops)), []
     with Progress(TextColumn("{task.description:<62.62}"), BarColumn(15), MofNCompleteColumn(), TimeElapsedColumn(),
                   console=console, transient=True) as progress:
@@ -307,3 +331,21 @@ def dry(ops=None, console=None):
         count += 1
     console.print(table)
     return count
+
+
+if __name__ == "__main__":  # make gpu: a machine that has no pydantic, which newer typer needs
+    import argparse
+    import sys
+
+    parser = argparse.ArgumentParser(description="Judge and time the GPU kernels.")
+    parser.add_argument("--op", action="append", choices=list(OPS), help="only this op; repeatable")
+    parser.add_argument("--results", help="folder for <chip>.jsonl; by default out/")
+    parser.add_argument("--no-peers", dest="peers", action="store_false")
+    parser.add_argument("--dry", action="store_true", help="list the rows and load each kernel, without a GPU")
+    given = parser.parse_args()
+    if given.dry:
+        dry(given.op)
+    elif not torch.cuda.is_available():
+        sys.exit("bench: torch sees no GPU; --dry lists the rows")
+    else:
+        sys.exit(any(row["failed"] for row in main(given.op, given.results, given.peers)))

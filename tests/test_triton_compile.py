@@ -92,6 +92,11 @@ def test_warmup_refuses(options, words):
     assert result.exit_code == 2 and words in result.output
 
 
+def test_the_bench_compiles_in_processes():
+    """What the bench's processes do for an op, where no GPU is: the kernels of its rows."""
+    assert gpu.compile_op("swiglu_quantize", chip.FAMILIES["sm90"]) >= 2
+
+
 def test_dry_bench_lists_every_row(capsys):
     assert gpu.dry() == sum(1 for op, _ in TRITON for c in all_cases(op) if c.bench)
     assert "grouped" in capsys.readouterr().out

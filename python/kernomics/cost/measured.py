@@ -1,10 +1,10 @@
 """Bench records as a source of seconds: exact, interpolated between two points that bracket, or nothing."""
 
 import json
-from importlib import util
 from math import exp, log
 from pathlib import Path
 
+from kernomics import chip
 from kernomics.contract import OPS
 from kernomics.cost import CostError, wrong
 from kernomics.cost.economics import expected_active
@@ -29,17 +29,9 @@ def weakest(marks):
     return max(marks, key=MARKS.index, default=MEASURED)
 
 
-def default_path():
-    """The results that the installed bench ships, or those of the source tree."""
-    bench = util.find_spec("kernomics.bench")
-    places = [Path(p) for p in bench.submodule_search_locations] if bench else []
-    places.append(Path(__file__).resolve().parents[3] / "bench")
-    return next((p / "results" for p in places if (p / "results").is_dir()), None)
-
-
 def read(path=None):
-    """The records of a .jsonl file or a folder of them; without a path those of ``default_path()``."""
-    path = Path(path) if path is not None else default_path()
+    """The records of a .jsonl file or a folder of them; without a path those of the package."""
+    path = Path(path) if path is not None else chip.results()
     if path is None:
         return []
     if not path.exists():
