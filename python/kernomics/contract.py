@@ -14,6 +14,7 @@ Grammar of a dims string, words separated by spaces:
 standard library only; array libraries register their dtypes in ``CODES``.
 """
 
+import functools
 import importlib
 import inspect
 import re
@@ -39,6 +40,11 @@ class NoKernel(RuntimeError):
 
 
 # ---------------------------------------------------------------- dtypes and dims
+
+
+@functools.cache
+def _compiled(code):
+    return compile(code, "<dim>", "eval")
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ class Dim:
         }[self.kind]
 
     def size(self, dims):
-        return eval(self.code, {}, dims)  # the code is built from the grammar above
+        return eval(_compiled(self.code), {}, dims)  # the code is built from the grammar above
 
 
 @dataclass(frozen=True)

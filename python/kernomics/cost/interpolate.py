@@ -256,8 +256,8 @@ def _kernel(values, others, tile=None, free=False):
 
 def _times(kernels, grid):
     """Kronecker product of the kernels times a grid."""
-    for k in kernels:
-        grid = np.moveaxis(np.tensordot(k, grid, axes=(1, 0)), 0, -1)  # each axis in turn comes first and goes last
+    for k in kernels:  # each axis in turn comes first and goes last
+        grid = (k @ grid.reshape(len(grid), -1)).T.reshape(*grid.shape[1:], len(k))
     return grid
 
 
@@ -269,19 +269,20 @@ def _smooth(within, onto, at, values, noise, weights=None):
     rounds = 1 if weights is not None else 3
     weights = np.ones(len(values)) if weights is None else weights
     grid = np.zeros([len(k) for k in within])
+    flat, at = grid.reshape(-1), np.ravel_multi_index(at, grid.shape)
     scaled = None
     for _ in range(rounds):
         root = np.sqrt(weights / noise)
         mean = np.average(values, weights=weights)
 
         def matrix(v, root=root):
-            grid[at] = root * v
-            return root * _times(within, grid)[at] + v
+            flat[at] = root * v
+            return root * _times(within, grid).reshape(-1)[at] + v
 
         start = None if scaled is None else scaled / root
         scaled = root * _solve(matrix, root * (values - mean), start)
-        grid[at] = scaled
-        error = values - mean - _times(within, grid)[at]
+        flat[at] = scaled
+        error = values - mean - _times(within, grid).reshape(-1)[at]
         spread = max(1.4826 * np.median(np.abs(error)), 1e-6)
         if rounds > 1:
             used, weights = weights, (FREEDOM + 1) / (FREEDOM + (error / spread) ** 2)
@@ -290,7 +291,7 @@ def _smooth(within, onto, at, values, noise, weights=None):
 
 def _solve(matrix, side, start=None, steps=100, tolerance=2e-3):
     """Conjugate gradients."""
-    v = np.zeros_like(side) if start is None else start
+    v = np.zeros_like(side) if start is None else start.copy()
     left = side.copy() if start is None else side - matrix(v)
     ahead, size, stop = left.copy(), left @ left, tolerance**2 * (side @ side)
     for _ in range(steps):
@@ -298,7 +299,7 @@ def _solve(matrix, side, start=None, steps=100, tolerance=2e-3):
             break
         image = matrix(ahead)
         step = size / (ahead @ image)
-        v = v + step * ahead
+        v += step * ahead
         left -= step * image
         ahead, size = left + (left @ left) / size * ahead, left @ left
     return v
