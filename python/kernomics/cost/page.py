@@ -174,7 +174,8 @@ def _bar(figure, chip, name, mark, seconds, shown):
 
 
 def _rooflines(sources, served, chips):
-    figure = go.Figure()
+    figure, order = go.Figure(), [a.chip.key for a in served]  # a chip has the colour of its front
+    chips = sorted(chips, key=lambda c: order.index(c.key) if c.key in order else len(order))
     for i, chip in enumerate(chips):
         peak, bandwidth = chip.get("flops_fp8"), chip.get("bytes_per_s")
         if peak and bandwidth:
