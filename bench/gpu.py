@@ -24,9 +24,9 @@ from rich.text import Text
 from kernomics import chip, numpy_ops
 from kernomics.contract import OPS, Case
 from kernomics.numerics import BF16_WEIGHTS, TENSOR_CORE
+from kernomics.ops.mla_decode import SCALE
 from kernomics.torch_ops import from_numpy, to_numpy
 
-SCALE = 0.1352  # softmax scale of DeepSeek-V3
 GEMMS = [(2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048)]  # DeepGEMM's (n, k)
 
 

@@ -6,6 +6,8 @@ import triton.language as tl
 from kernomics import chip
 
 ASSUMED = None  # a chip.Chip that stands for the tensors' own where there is none: the interpreter, ahead-of-time compiles
+FLOOR = 1e-4  # the default floor of fp8_quantize, of every op that quantizes on its way
+LOG2E = 1.4426950408889634
 COLLECT = None  # a list takes launches in place of the GPU: (kernel, grid, arguments, options)
 
 

@@ -3,9 +3,8 @@
 import torch
 import triton
 from kernomics.triton_kernels import fp8_quantize
+from kernomics.triton_kernels.common import FLOOR
 from kernomics.triton_kernels.gemm import dense, dense_tile, dense_workspace
-
-FLOOR = 1e-4  # of fp8_quantize
 
 
 def tile(dims, chip):

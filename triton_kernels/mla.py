@@ -17,9 +17,8 @@ that always hold keep a block's work behind the loads of the next block, and the
 import torch
 import triton
 import triton.language as tl
-from kernomics.triton_kernels.common import chip_of, run
+from kernomics.triton_kernels.common import LOG2E, chip_of, run
 
-LOG2E = 1.4426950408889634
 GAP = 2  # blocks that an item costs beyond its keys: first loads that nothing hides, and its results
 
 

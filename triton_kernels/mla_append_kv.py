@@ -8,9 +8,8 @@ place of a table, whose other places nobody reads.
 import torch
 import triton
 import triton.language as tl
-from kernomics.triton_kernels.common import block_scale, chip_of, e4m3_encode, run
+from kernomics.triton_kernels.common import FLOOR, block_scale, chip_of, e4m3_encode, run
 
-FLOOR = 1e-4  # of fp8_quantize
 FEW = 1024
 
 

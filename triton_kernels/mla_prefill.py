@@ -7,10 +7,9 @@ the same time share few heads, whose keys and values stay in L2.
 
 import triton
 import triton.language as tl
-from kernomics.triton_kernels.common import chip_of, run
+from kernomics.triton_kernels.common import LOG2E, chip_of, run
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-LOG2E = 1.4426950408889634
 L2 = 16 << 20  # bytes of keys and values that programs running together may share: a third of the L2 of an H200
 
 

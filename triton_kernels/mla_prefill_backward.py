@@ -5,8 +5,8 @@ Both compute the scores anew: 1152 products a pair where one kernel with atomics
 
 import triton
 import triton.language as tl
-from kernomics.triton_kernels.common import chip_of, run
-from kernomics.triton_kernels.mla_prefill import LOG2E, boxes, group_of, place, rows, span
+from kernomics.triton_kernels.common import LOG2E, chip_of, run
+from kernomics.triton_kernels.mla_prefill import boxes, group_of, place, rows, span
 
 LARGE = "sm90", "sm100", "sm103"  # operands of products in shared memory, tiles by TMA
 

@@ -15,9 +15,9 @@ import torch
 import triton
 import triton.language as tl
 from kernomics.triton_kernels import moe_combine, moe_permute
-from kernomics.triton_kernels.common import block_scale, chip_of, e4m3_encode, raw, run
+from kernomics.triton_kernels.common import FLOOR, block_scale, chip_of, e4m3_encode, raw, run
 from kernomics.triton_kernels.gemm import grouped
-from kernomics.triton_kernels.swiglu_quantize import FLOOR, swiglu
+from kernomics.triton_kernels.swiglu_quantize import swiglu
 
 
 def tile(dims, chip):

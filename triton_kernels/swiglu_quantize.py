@@ -2,9 +2,7 @@
 
 import triton
 import triton.language as tl
-from kernomics.triton_kernels.common import block_scale, chip_of, e4m3_encode, raw, run
-
-FLOOR = 1e-4  # of fp8_quantize
+from kernomics.triton_kernels.common import FLOOR, block_scale, chip_of, e4m3_encode, raw, run
 
 
 def tile(dims, chip):
