@@ -140,20 +140,27 @@ def flashinfer_mla(x):
     return lambda: wrapper.run(latent, rope, *cache, return_lse=False).view(b, q, h, 512)
 
 
-@peer("torch SDPA", "mla_prefill")
-def sdpa(x):
-    """Sequences of one length, as a batch; the values as they are, 128 wide."""
+def prefill(x, attention):
+    """A call of ``attention(q, k, v)`` on sequences of one length, as a batch with heads before tokens."""
     q_len, k_len = x.cu_q.diff(), x.cu_k.diff()
     if bool((q_len != q_len[0]).any() | (k_len != k_len[0]).any()) or int(q_len[0]) != int(k_len[0]):
         raise ValueError("the sequences differ in length")
-    b = len(q_len)
-    q, k, v = (y.view(b, -1, *y.shape[1:]).transpose(1, 2) for y in (x.q, x.k, x.v))
+    q, k, v = (y.view(len(q_len), -1, *y.shape[1:]).transpose(1, 2) for y in (x.q, x.k, x.v))
+    return lambda: attention(q, k, v).transpose(1, 2).reshape(x.q.shape[0], x.q.shape[1], -1)
 
-    def call():
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=x.causal, scale=x.softmax_scale)
-        return out.transpose(1, 2).reshape(x.q.shape[0], x.q.shape[1], -1)
 
-    return call
+@peer("torch SDPA", "mla_prefill")
+def sdpa(x):
+    return prefill(x, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=x.causal, scale=x.softmax_scale))
+
+
+@peer("FlexAttention", "mla_prefill")
+def flex_attention(x):
+    lib = need("torch.nn.attention.flex_attention")
+    size = int(x.cu_q[1])
+    mask = lib.create_block_mask(lambda b, h, i, j: i >= j, None, None, size, size, device=x.q.device) if x.causal else None
+    compiled = torch.compile(lib.flex_attention)
+    return prefill(x, lambda q, k, v: compiled(q, k, v, block_mask=mask, scale=x.softmax_scale))
 
 
 # ---------------------------------------------------------------- experts

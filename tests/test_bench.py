@@ -211,3 +211,28 @@ def test_cold_calls_turn_over_copies():
     assert all(v["a"] is inputs["a"] for v in variants)
     many = op.work(m=256, n=130, k=256)
     assert run.copies(op, SMALL, many, inputs, l3=1 << 25) == ([inputs], False)
+
+
+@pytest.mark.parametrize("name, label, case", [
+    ("fp8_gemm", "torch bf16", Case(m=5, n=130, k=256)),
+    ("mla_prefill", "torch SDPA", Case(b=2, t=256, s=256, h=2, t_lens=(128, 128), s_lens=(128, 128), softmax_scale=0.07)),
+    ("moe_route", "torch eager", Case(t=9, e=64, top_k=6, n_group=8, topk_group=4, scaling=2.5, bias="f32")),
+])
+def test_peers_of_gpus_compute_the_same(name, label, case):
+    """Those that PyTorch runs on the CPU as well: the first output is the definition's."""
+    from types import SimpleNamespace
+
+    import torch
+    from kernomics.bench import gpu_peers
+
+    from kernomics.torch_ops import from_numpy
+
+    op = OPS[name]
+    inputs, scalars = numpy_ops.sample(op, case)
+    want = op.define(**inputs, **scalars)
+    want = torch.from_numpy(np.asarray(want[0] if isinstance(want, tuple) else want, np.float64))
+    given = {n: x if x is None else from_numpy(x) for n, x in inputs.items()}
+    got = gpu_peers.PEERS[name][label](SimpleNamespace(**given, **scalars))().double()
+    assert (got - want).norm() < 0.02 * want.norm()
+    with pytest.raises(ImportError, match="deep_gemm_of_nobody is not installed"):
+        gpu_peers.need("deep_gemm_of_nobody")
