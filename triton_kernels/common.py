@@ -77,3 +77,19 @@ def block_scale(amax, floor, pow2: tl.constexpr):
         bits = tl.where(bits < 0x800000, small, (bits + 0x7FFFFF) & 0x7F800000)
         scale = bits.to(tl.float32, bitcast=True)
     return tl.where(scale == 0.0, 1.0, scale)
+
+
+@triton.jit
+def quantize(v, codes, scales, row, rows, first, k, floor, ROWS: tl.constexpr, BLOCKS: tl.constexpr, POW2: tl.constexpr,
+             NATIVE: tl.constexpr):
+    """Codes and scales, one a row and 128 columns, of f32 values ``[ROWS, BLOCKS * 128]`` from column ``first * 128`` on."""
+    size = tl.abs(v)
+    size = tl.where(size < float("inf"), size, 0.0)  # NaN and Inf do not count
+    scale = block_scale(tl.max(tl.reshape(size, (ROWS, BLOCKS, 128)), axis=2), floor, POW2)
+    each = tl.reshape(tl.broadcast_to(scale[:, :, None], (ROWS, BLOCKS, 128)), (ROWS, BLOCKS * 128))
+    col = first * 128 + tl.arange(0, BLOCKS * 128)
+    inside = (row < rows)[:, None] & (col < k)[None, :]
+    tl.store(codes + row[:, None] * k + col[None, :], e4m3_encode(tl.div_rn(v, each), NATIVE), mask=inside)
+    block = first + tl.arange(0, BLOCKS)
+    inside = (row < rows)[:, None] & (block < tl.cdiv(k, 128))[None, :]
+    tl.store(scales + row[:, None] * tl.cdiv(k, 128) + block[None, :], scale, mask=inside)

@@ -65,6 +65,16 @@ def span(cu, index, end):
 
 
 @triton.jit
+def keys_seen(row0, tq, tk, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """Of a tile of queries: keys that its last query sees, and those in whole tiles that every query sees."""
+    some, all_see = tk, tk
+    if CAUSAL:
+        some = tl.minimum(tl.maximum(tk - tq + tl.minimum(row0 + BM, tq), 0), tk)
+        all_see = tl.minimum(tl.maximum(tk - tq + row0 + 1, 0), tk)
+    return some, all_see // BN * BN
+
+
+@triton.jit
 def step(acc, top, total, s, v, scale):
     """A tile of scores ``s`` and values enters the softmax: the new sums, maximum (of ``s * scale``) and total."""
     new = tl.maximum(top, tl.max(s, axis=1) * scale)
@@ -96,11 +106,7 @@ def kernel(q, k, v, k_low, k_high, v_all, cu_q, cu_k, out, lse, t, s, h, b, grou
     if (row0 < 0) | (row0 >= tq):
         return
     k0, tk = span(cu_k, index, s)
-    some, all_see = tk, tk  # keys that the last query sees, and those that every query sees
-    if CAUSAL:
-        some = tl.minimum(tl.maximum(tk - tq + tl.minimum(row0 + BM, tq), 0), tk)
-        all_see = tl.minimum(tl.maximum(tk - tq + row0 + 1, 0), tk)
-    whole = all_see // BN * BN
+    some, whole = keys_seen(row0, tq, tk, CAUSAL, BM, BN)
 
     row = row0 + tl.arange(0, BM)
     inside = row < tq

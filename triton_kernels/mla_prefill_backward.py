@@ -6,7 +6,7 @@ Both compute the scores anew: 1152 products a pair where one kernel with atomics
 import triton
 import triton.language as tl
 from kernomics.triton_kernels.common import LOG2E, chip_of, run
-from kernomics.triton_kernels.mla_prefill import boxes, group_of, place, rows, span
+from kernomics.triton_kernels.mla_prefill import boxes, group_of, keys_seen, place, rows, span
 
 LARGE = "sm90", "sm100", "sm103"  # operands of products in shared memory, tiles by TMA
 
@@ -40,11 +40,7 @@ def queries(dout, dlse, q, k, v, out, lse, cu_q, cu_k, dq, delta, k_low, k_high,
     if (row0 < 0) | (row0 >= tq):
         return
     k0, tk = span(cu_k, index, s)
-    some, all_see = tk, tk  # keys that the last query sees, and those that every query sees
-    if CAUSAL:
-        some = tl.minimum(tl.maximum(tk - tq + tl.minimum(row0 + BM, tq), 0), tk)
-        all_see = tl.minimum(tl.maximum(tk - tq + row0 + 1, 0), tk)
-    whole = all_see // BN * BN
+    some, whole = keys_seen(row0, tq, tk, CAUSAL, BM, BN)
 
     row, lane, low = row0 + tl.arange(0, BM), tl.arange(0, BM), tl.arange(0, 128)
     inside = row < tq

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from kernomics.triton_kernels import moe_combine, moe_permute
-from kernomics.triton_kernels.common import FLOOR, block_scale, chip_of, e4m3_encode, raw, run
+from kernomics.triton_kernels.common import FLOOR, chip_of, quantize, raw, run
 from kernomics.triton_kernels.gemm import grouped
 from kernomics.triton_kernels.swiglu_quantize import swiglu
 
@@ -39,21 +39,6 @@ def workspace(dims, chip):
     return sum(triton.cdiv(size, 256) * 256 for size in pieces(dims).values())
 
 
-@triton.jit
-def quantize(v, codes, scales, row, rows, first, k, floor, ROWS: tl.constexpr, BLOCKS: tl.constexpr, NATIVE: tl.constexpr):
-    """Codes and scales, one a row and 128 columns, of f32 values ``[ROWS, BLOCKS * 128]`` from column ``first * 128`` on."""
-    size = tl.abs(v)
-    size = tl.where(size < float("inf"), size, 0.0)  # NaN and Inf do not count
-    scale = block_scale(tl.max(tl.reshape(size, (ROWS, BLOCKS, 128)), axis=2), floor, False)
-    each = tl.reshape(tl.broadcast_to(scale[:, :, None], (ROWS, BLOCKS, 128)), (ROWS, BLOCKS * 128))
-    col = first * 128 + tl.arange(0, BLOCKS * 128)
-    inside = (row < rows)[:, None] & (col < k)[None, :]
-    tl.store(codes + row[:, None] * k + col[None, :], e4m3_encode(tl.div_rn(v, each), NATIVE), mask=inside)
-    block = first + tl.arange(0, BLOCKS)
-    inside = (row < rows)[:, None] & (block < tl.cdiv(k, 128))[None, :]
-    tl.store(scales + row[:, None] * tl.cdiv(k, 128) + block[None, :], scale, mask=inside)
-
-
 @triton.jit(do_not_specialize=["t", "copies", "e", "top_k", "indexers", "per"])
 def prepare_kernel(x, codes, scales, experts, counts, offsets, row_of, token_of, t, d, copies, e, top_k, indexers, per, floor,
                    ROWS: tl.constexpr, BLOCKS: tl.constexpr, NATIVE: tl.constexpr, COUNT: tl.constexpr, SUB: tl.constexpr,
@@ -71,7 +56,7 @@ def prepare_kernel(x, codes, scales, experts, counts, offsets, row_of, token_of,
         first = (pid - indexers) % columns * BLOCKS
         col = first * 128 + tl.arange(0, BLOCKS * 128)
         v = tl.load(x + row[:, None] * d + col[None, :], mask=(row < t)[:, None] & (col < d)[None, :], other=0.0)
-        quantize(v.to(tl.float32), codes, scales, row, t, first, d, floor, ROWS, BLOCKS, NATIVE)
+        quantize(v.to(tl.float32), codes, scales, row, t, first, d, floor, ROWS, BLOCKS, False, NATIVE)
 
 
 @triton.jit(do_not_specialize=["e"])
@@ -88,7 +73,7 @@ def activate_kernel(h, offsets, act, scales, n, e, floor, ROWS: tl.constexpr, BL
         gate, up = tl.load(at, mask=inside, other=0.0), tl.load(at + n, mask=inside, other=0.0)
         v = swiglu(gate.to(tl.float32), up.to(tl.float32))
         if FP8:
-            quantize(v, act, scales, row, rows, first, n, floor, ROWS, BLOCKS, NATIVE)
+            quantize(v, act, scales, row, rows, first, n, floor, ROWS, BLOCKS, False, NATIVE)
         else:
             tl.store(act + row[:, None] * n + col[None, :], v.to(tl.bfloat16), mask=inside)
 

@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from kernomics.triton_kernels.common import FLOOR, block_scale, chip_of, e4m3_encode, raw, run
+from kernomics.triton_kernels.common import FLOOR, chip_of, quantize, raw, run
 
 
 def tile(dims, chip):
@@ -25,15 +25,7 @@ def kernel(x, codes, scales, t, n, floor, ROWS: tl.constexpr, COLS: tl.constexpr
     inside = (row < t)[:, None] & (col < n)[None, :]
     gate = tl.load(x + row[:, None] * (2 * n) + col[None, :], mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x + row[:, None] * (2 * n) + n + col[None, :], mask=inside, other=0.0).to(tl.float32)
-    v = swiglu(gate, up)
-    size = tl.abs(v)
-    size = tl.where(size < float("inf"), size, 0.0)  # NaN and Inf do not count
-    scale = block_scale(tl.max(tl.reshape(size, (ROWS, COLS, 128)), axis=2), floor, POW2)
-    each = tl.reshape(tl.broadcast_to(scale[:, :, None], (ROWS, COLS, 128)), (ROWS, COLS * 128))
-    tl.store(codes + row[:, None] * n + col[None, :], e4m3_encode(tl.div_rn(v, each), NATIVE), mask=inside)
-    col = j * COLS + tl.arange(0, COLS)
-    inside = (row < t)[:, None] & (col < tl.cdiv(n, 128))[None, :]
-    tl.store(scales + row[:, None] * tl.cdiv(n, 128) + col[None, :], scale, mask=inside)
+    quantize(swiglu(gate, up), codes, scales, row, t, j * COLS, n, floor, ROWS, COLS, POW2, NATIVE)
 
 
 def launch(x, codes, scales, workspace, scale):
