@@ -23,7 +23,7 @@ class Plan:
 
     ``micro_batches`` = 2 runs one half's communication beside the other half's compute, and hides ``overlap`` of what can
     be hidden; ``comm_share`` of the compute
-    units are then lost to communication (20 of 132 SMs for DeepSeek's kernels on an H800, 0 for RDMA without them).
+    units are then lost to communication (24 of 132 SMs in DeepSeek's prefill on an H800, 0 for RDMA without them).
     ``drafts`` tokens are guessed by the MTP module and right with probability ``acceptance`` each, until the first miss.
     """
 

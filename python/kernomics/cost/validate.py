@@ -22,6 +22,7 @@ DAY6 = "DeepSeek, open-infra-index, day 6"
 PROFILE = "DeepSeek, profile-data, README"
 LMSYS = "lmsys.org/blog/2025-05-05-large-scale-ep"
 IX, V3_REPORT = "SemiAnalysis InferenceX v2", "arXiv:2412.19437"
+PREFILL_SMS = 24 / 132  # DeepSeek's prefill: 24 SMs communicate beside 108 that compute (profile-data, assets/prefill.jpg)
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def _speed(env, model, chip, tables, plan, call=3e-6, share=0.8, comm=1.0, kerne
 
 def _day6_prefill(env, imbalance, overlap, **ranges):
     """EP32; 56.3 % of the prompt tokens are cache hits and cost nothing."""
-    plan = Plan(ep=32, redundant=32, micro_batches=2, comm_share=20 / 132, imbalance=imbalance, overlap=overlap)
+    plan = Plan(ep=32, redundant=32, micro_batches=2, comm_share=PREFILL_SMS, imbalance=imbalance, overlap=overlap)
     fresh = _speed(env, "deepseek-v3", "h800", "infersim", plan, decode=False, b=4, s=4096, **ranges)
     return 8 * fresh / (1 - 0.563)
 
@@ -100,8 +101,8 @@ def _day6_decode(env, b, imbalance, overlap, **ranges):
     return 8 * _speed(env, "deepseek-v3", "h800", "infersim", plan, decode=True, b=round(b), s=4989, **ranges)
 
 
-def _profile_prefill(env, sms, **ranges):
-    plan = Plan(ep=32, micro_batches=2, comm_share=sms / 132)
+def _profile_prefill(env, **ranges):
+    plan = Plan(ep=32, micro_batches=2, comm_share=PREFILL_SMS)
     return _speed(env, "deepseek-v3", "h800", "infersim", plan, decode=False, b=4, s=4096, **ranges)
 
 
@@ -176,9 +177,8 @@ TARGETS = (
     Target("B1 out", "decode, 8 H800, EP144, 4,989 cached", 14_800, "tok/s", DAY6, _day6_decode,
            {"b": "64..96..128", "imbalance": "1.0..1.1..1.4", "overlap": "0.5..0.9..1.0", **RANGES}, tables="infersim",
            kind="prediction", note="published is a mean over 24 h; its batch is not stated"),
-    Target("B5 in", "prefill, H800, EP32, 4k prompts, balanced", 7_839, "tok/s", PROFILE, _profile_prefill,
-           {"sms": "20..20..24", **RANGES}, gate=0.12, tables="infersim", kind="prediction",
-           note="InferSim's own error: +15.2 %"),
+    Target("B5 in", "prefill, H800, EP32, 4k prompts, balanced", 7_839, "tok/s", PROFILE, _profile_prefill, RANGES,
+           gate=0.12, tables="infersim", kind="prediction", note="InferSim's own error: +15.2 %"),
     Target("B5 out", "decode, H800, EP128, 128 a GPU, 4k cached", 2_324, "tok/s", PROFILE, _profile_decode, RANGES, gate=0.12,
            tables="infersim", kind="prediction", note="InferSim's own error: +15.1 %"),
     Target("B7 in", "prefill, 8 H100, EP32, 2,000-token prompts", 52_300, "tok/s", LMSYS,
