@@ -14,7 +14,7 @@ RESULTS ?= bench/results
 SOURCES = CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 NATIVE = $(SOURCES) $(shell find tests/native -type f)
 
-.PHONY: run test test-long bench lint build native gpu triton-table
+.PHONY: run test test-long bench lint build native gpu triton-table cuda-table
 .DELETE_ON_ERROR:
 
 run: build
@@ -50,6 +50,10 @@ endif
 # docs/triton_kernels.md: registers, shared memory and matrix instructions of each kernel on each chip
 triton-table: build
 	$(BIN)/python tests/ahead_of_time.py
+
+# docs/cuda_kernels.md: the same of the CUDA kernels
+cuda-table: build
+	$(BIN)/python tests/cuda_resources.py
 
 lint: build
 	$(BIN)/ruff check python bench tests triton_kernels

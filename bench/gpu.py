@@ -70,13 +70,13 @@ MOST_CALLS = 256  # calls of one graph
 LARGEST = 20e9  # bytes of copies
 
 
-def rows(ops=None):
-    """(op, GPU kernel, case) of everything that this bench can run."""
+def rows(ops=None, family=None):
+    """(op, GPU kernel, case) of everything that this bench can run, on chips of one family or on any."""
     for name in ops or OPS:
         op = OPS[name]
         for case in [*CASES.get(name, ()), *(c for c in op.cases if c.bench)]:
             for kernel in op.kernels:
-                if kernel.on != "cpu":
+                if kernel.on != "cpu" and (family is None or kernel.fits(family)):
                     yield op, kernel, case
 
 
@@ -292,7 +292,7 @@ def main(ops=None, folder=None, peers=True, console=None):
     shown = ", ".join(f"{n} {v / 1e12:.2f} T" for n, v in limits.items() if n.startswith(("bytes_copy", "flops")))
     console.print(f"{torch.cuda.get_device_name(0)} as {key}: {shown}/s")
     compile_all(ops, chip.current(0), console)
-    todo, done = list(rows(ops)), []
+    todo, done = list(rows(ops, chip.current(0).family)), []
     with Progress(TextColumn("{task.description:<62.62}"), BarColumn(15), MofNCompleteColumn(), TimeElapsedColumn(),
                   console=console, transient=True) as progress:
         task = progress.add_task("", total=len(todo))

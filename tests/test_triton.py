@@ -1,4 +1,4 @@
-"""Every Triton kernel on every small case against the definition: on the GPU where there is one, else in the interpreter.
+"""Every GPU kernel on every small case against the definition: on the GPU where there is one, else Triton's in the interpreter.
 
 The interpreter runs when TRITON_INTERPRET=1 is set before Triton is imported (``make test`` does, in a process of its
 own); it stands in for a chip with e4m3 (sm90), and in ``make test-long`` for one without that has few units (sm80: the
@@ -37,7 +37,8 @@ LIMIT = 3e7 if INTERPRET else LONG_FLOPS  # FLOPs of a case; the interpreter tak
 
 
 def kernels():
-    return [(op, k) for op in OPS.values() for k in op.kernels if k.name == "triton"]
+    here = None if INTERPRET or not torch.cuda.is_available() else chip.current(0).family
+    return [(op, k) for op in OPS.values() for k in op.kernels if k.name == "triton" or (here and k.name == "cuda" and k.fits(here))]
 
 
 def cases():
@@ -47,7 +48,7 @@ def cases():
             if work.flops <= LIMIT and work.bytes <= (2e6 if INTERPRET else LONG_BYTES):
                 for family in CHIPS if INTERPRET else ("here",):
                     if family != "sm100" or op.name in BY_DESCRIPTOR:
-                        yield pytest.param(op, kernel, case, family, id=f"{op.name}-{case.id}-{family}",
+                        yield pytest.param(op, kernel, case, family, id=f"{op.name}-{kernel.name}-{case.id}-{family}",
                                            marks=[pytest.mark.long] if family in ("sm80", "sm100") else [])
 
 
@@ -84,7 +85,8 @@ def call(op, kernel, inputs, scalars):
     gpu = common.chip_of(laid[next(iter(op.tensors))][0])
     size = kernel.workspace(dims, gpu) if kernel.workspace else 0
     laid["workspace"] = guarded(np.full(size, 0xFF, np.uint8)) if size else (None, None)
-    kernel.function(*(x for x, _ in laid.values()), *values)
+    tensors = [x for x, _ in laid.values()]
+    torch_ops.launch(op, kernel, tensors[:len(inputs)], tensors[len(inputs):-1], tensors[-1], values)
     for name, (x, whole) in laid.items():
         if x is not None:
             assert untouched(whole, x.numel() * x.element_size()), f"{op.name} writes outside of {name}"
@@ -184,7 +186,7 @@ def forced():
     for op, kernel in kernels():
         small = [i for i, c in enumerate(op.cases) if not c.bench and op.work(**c).flops < LONG_FLOPS
                  and all(min(x[1], default=1) > 0 for x in op.layout(c).values() if x)]
-        yield pytest.param(op, kernel, small[0], id=op.name)
+        yield pytest.param(op, kernel, small[0], id=f"{op.name}-{kernel.name}")
 
 
 @pytest.mark.skipif(not INTERPRET, reason="test_torch_op calls it")
@@ -194,6 +196,7 @@ def test_the_call_on_a_gpu(op, kernel, index, monkeypatch, assume):
     assume("sm90")
     monkeypatch.setattr(torch_ops.chip, "current", lambda index: CHIPS["sm90"])
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(op, "kernels", [kernel])  # no native one, which would want a GPU
     inputs, scalars = drawn(op.name, index)
     want = call(op, kernel, copies(inputs), scalars)
     tensors = {n: x if x is None else from_numpy(x.copy()) for n, x in inputs.items()}

@@ -177,7 +177,9 @@ class Case(dict):
 
 @dataclass
 class Kernel:
-    """``target`` is ``module:function``; ``on`` is "cpu", "gpu" or a GPU's family ("sm90"); ``where(**dims)`` its limits.
+    """``target`` is ``module:function``; ``where(**dims)`` are its limits.
+
+    ``on`` is "cpu", "gpu" (any), or how the GPU's family starts: "sm90", "sm" (any of NVIDIA).
 
     ``workspace(dims, chip)`` gives the bytes of its one uint8 workspace, from shapes alone; by default the function of
     that name in the target's module, if there is one.
@@ -190,6 +192,11 @@ class Kernel:
     workspace: typing.Callable | None = None
     function: typing.Callable | None = None
 
+    @property
+    def native(self):
+        """Compiled code, which takes addresses and a stream (or threads); others take the tensors themselves."""
+        return self.target.startswith("kernomics._")
+
     def load(self):
         module, _, name = self.target.partition(":")
         module = importlib.import_module(module)
@@ -197,9 +204,13 @@ class Kernel:
         self.workspace = self.workspace or getattr(module, "workspace", None)
         return self.function
 
+    def fits(self, device):
+        """Whether it runs on "cpu" or a GPU's family at all."""
+        return device != "cpu" if self.on == "gpu" else device.startswith(self.on)
+
     def refusal(self, device, dims):
         """Why this kernel does not take the call on "cpu" or a GPU's family, or None if it does."""
-        if self.on != device and (self.on != "gpu" or device == "cpu"):
+        if not self.fits(device):
             return f"runs on {self.on}, the tensors are on {device}"
         if self.where is not None and not _call(self.where, dims):
             return "its `where` excludes these dims"

@@ -20,6 +20,7 @@ contract.CODES.update({dtype: code for code, dtype in enumerate(_BY_CODE)})
 _NAMED = dict(zip(contract.NAMES, _BY_CODE))
 CHECK = os.environ.get("KERNOMICS_CHECK") == "1"  # look at index data on GPUs too, which waits for them
 _library = torch.library.Library("kernomics", "DEF")
+_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent without CUDA
 _empty, _empty_strided, _threads = torch.empty, torch.empty_strided, torch.get_num_threads
 
 
@@ -103,10 +104,7 @@ def _run(op, tensors, scalars, backend):
 
 
 def _run_gpu(op, tensors, scalars, backend):
-    """A call on GPU tensors: as ``_run``, with outputs and workspace from torch's caching allocator, on its stream.
-
-    A Triton kernel takes the tensors themselves: inputs, outputs, workspace (or None), scalars.
-    """
+    """A call on GPU tensors: as ``_run``, with outputs and workspace from torch's caching allocator, on its stream."""
     dims, codes, scalars, _ = op.bind(*tensors, *scalars)
     _checks(op, tensors, dims, scalars, CHECK)
     _refuse_layout(op, tensors)
@@ -123,8 +121,19 @@ def _run_gpu(op, tensors, scalars, backend):
         outs = [_empty(shape, dtype=_BY_CODE[code], device=device) for shape, _, code in op.shapes(dims, codes, scalars)]
         size = kernel.workspace(dims, gpu) if kernel.workspace else 0
         space = _empty(size, dtype=torch.uint8, device=device) if size else None
-        kernel.function(*given, *outs, space, *scalars)
+        launch(op, kernel, given, outs, space, scalars)
     return outs[0] if len(outs) == 1 else tuple(outs) if outs else None
+
+
+def launch(op, kernel, given, outs, space, scalars):
+    """Start a GPU kernel on torch's stream. A Triton kernel takes the tensors themselves: inputs, outputs, workspace (or None),
+    scalars; a native one addresses (multiples of 16, for its widest loads), scalars by code, the stream."""
+    if not kernel.native:
+        return kernel.function(*given, *outs, space, *scalars)
+    given = [x if x is None or x.data_ptr() % 16 == 0 else x.clone() for x in given]
+    views = [numpy_ops.ABSENT if x is None else (x.data_ptr(), contract.CODES[x.dtype], tuple(x.shape))
+             for x in (*given, *outs, space)]
+    kernel.function(*views, *numpy_ops.scalar_codes(op, scalars), _stream(given[0].device.index))
 
 
 def _reference(op, tensors, scalars, dims, codes):

@@ -1,4 +1,4 @@
-// Runs check.py in an embedded interpreter, with the instrumented kernels as kernomics._cpu.
+// Runs a check.py in an embedded interpreter, with the instrumented kernels as kernomics._cpu or kernomics._cuda.
 #include <cstdlib>
 
 #include "embed.h"
@@ -19,7 +19,11 @@ int main(int argc, char** argv) {
     py::list ops;
     for (int i = 2; i < argc; ++i) ops.append(argv[i]);
     try {
+#ifdef KN_ON_CPU
+        py::module_::import("sys").attr("modules")["kernomics._cuda"] = py::module_::import("_cuda");
+#else
         py::module_::import("sys").attr("modules")["kernomics._cpu"] = py::module_::import("_cpu");
+#endif
         py::dict scope;
         scope["OPS_TO_CHECK"] = ops;
         scope["__file__"] = argv[1];

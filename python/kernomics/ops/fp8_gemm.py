@@ -46,6 +46,7 @@ def gemm_workspace(m, k):
     rows="m",
     judge=_judge,
     kernels=[
+        Kernel("cuda", "kernomics._cuda:fp8_gemm_sm90", on="sm90"),
         Kernel("triton", "kernomics.triton_kernels.fp8_gemm:launch", on="gpu"),
         Kernel("cpu", "kernomics._cpu:fp8_gemm",
                workspace=lambda dims, chip: gemm_workspace(dims["m"], dims["k"])),

@@ -34,6 +34,7 @@ def _check(error, block, floor):
     judge=lambda got, want, inputs: (
         judge_equal(got[0], want[0], "unequal codes") | judge_equal(got[1], want[1], "unequal scales")),
     kernels=[
+        Kernel("cuda", "kernomics._cuda:fp8_quantize", on="sm"),
         Kernel("triton", "kernomics.triton_kernels.fp8_quantize:launch", on="gpu"),
         Kernel("cpu", "kernomics._cpu:fp8_quantize"),
     ],

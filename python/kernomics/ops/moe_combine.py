@@ -33,6 +33,7 @@ def _judge(got, want, inputs):
     rows="t",
     judge=_judge,
     kernels=[
+        Kernel("cuda", "kernomics._cuda:moe_combine", on="sm"),
         Kernel("triton", "kernomics.triton_kernels.moe_combine:launch", on="gpu"),
         Kernel("cpu", "kernomics._cpu:moe_combine"),
     ],

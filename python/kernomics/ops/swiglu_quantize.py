@@ -47,6 +47,7 @@ def _judge(got, want, inputs):
     rows="t",
     judge=_judge,
     kernels=[
+        Kernel("cuda", "kernomics._cuda:swiglu_quantize", on="sm"),
         Kernel("triton", "kernomics.triton_kernels.swiglu_quantize:launch", on="gpu"),
         Kernel("cpu", "kernomics._cpu:swiglu_quantize"),
     ],

@@ -1,0 +1,311 @@
+// The instructions of Hopper that C++ has no words for. Under KN_ON_CPU each is carried out by tests/native/cuda/on_cpu.h.
+#pragma once
+#include "descriptor.h"
+#include "launch.cuh"
+
+#ifndef KN_ON_CPU
+namespace kn::cuda {
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+// ---- barriers in shared memory: a phase ends when all arrivals have come and all announced bytes have landed.
+
+__device__ __forceinline__ void barrier_init(uint64_t* bar, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(arrivals) : "memory");
+}
+// After barrier_init, before the block (or cluster) synchronises: others and the copy engine see the barriers.
+__device__ __forceinline__ void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void barrier_arrive(uint64_t* bar) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
+}
+// Arrives at the same barrier of another block of the cluster.
+__device__ __forceinline__ void barrier_arrive_remote(uint64_t* bar, int rank) {
+    asm volatile(
+        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(
+            shared_address(bar)),
+        "r"(rank)
+        : "memory");
+}
+// Arrives, and announces bytes that copies will land.
+__device__ __forceinline__ void barrier_expect(uint64_t* bar, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes) : "memory");
+}
+// Waits for the end of the phase of this parity: 0 for the first, 1 for the second, and so on in turn.
+__device__ __forceinline__ void barrier_wait(uint64_t* bar, uint32_t parity) {
+    asm volatile(
+        "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again; }" ::"r"(shared_address(bar)),
+        "r"(parity)
+        : "memory");
+}
+// The same, with the acquisition of what other blocks of the cluster wrote before they arrived.
+__device__ __forceinline__ void barrier_wait_cluster(uint64_t* bar, uint32_t parity) {
+    asm volatile(
+        "{ .reg .pred done; again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1; @!done bra again; }" ::"r"(
+            shared_address(bar)),
+        "r"(parity)
+        : "memory");
+}
+
+// ---- copies by tensor map; destinations are aligned to 128 bytes (1024 under the 128-byte swizzle)
+
+__device__ __forceinline__ void tma_prefetch(const CUtensorMap* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+// Policies of L2 for what is read once, and for what others will read again.
+static constexpr uint64_t EVICT_FIRST = 0x12f0000000000000, EVICT_LAST = 0x14f0000000000000, EVICT_NORMAL = 0x1000000000000000;
+
+__device__ __forceinline__ void tma_load(void* to, const CUtensorMap* map, uint64_t* bar, int c0, int c1, uint64_t policy = EVICT_NORMAL) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(
+            shared_address(to)),
+        "l"(map), "r"(shared_address(bar)), "r"(c0), "r"(c1), "l"(policy)
+        : "memory");
+}
+__device__ __forceinline__ void tma_load(void* to, const CUtensorMap* map, uint64_t* bar, int c0, int c1, int c2,
+                                         uint64_t policy = EVICT_NORMAL) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(
+            shared_address(to)),
+        "l"(map), "r"(shared_address(bar)), "r"(c0), "r"(c1), "r"(c2), "l"(policy)
+        : "memory");
+}
+// Into the same place of every block in `blocks`, a bit a rank; each block's own barrier counts the bytes.
+__device__ __forceinline__ void tma_load_multicast(void* to, const CUtensorMap* map, uint64_t* bar, int c0, int c1, uint16_t blocks,
+                                                   uint64_t policy = EVICT_NORMAL) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
+        "[%0], [%1, {%3, %4}], [%2], %5, %6;" ::"r"(shared_address(to)),
+        "l"(map), "r"(shared_address(bar)), "r"(c0), "r"(c1), "h"(blocks), "l"(policy)
+        : "memory");
+}
+// `bytes` (a multiple of 16, both ends aligned to 16) of global memory.
+__device__ __forceinline__ void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* bar, uint64_t policy = EVICT_NORMAL) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+                     shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(shared_address(bar)), "l"(policy)
+                 : "memory");
+}
+// Stores of this thread: tma_store, then tma_store_commit, then tma_store_wait before the shared memory is written again.
+__device__ __forceinline__ void tma_store(const CUtensorMap* map, const void* from, int c0, int c1) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(shared_address(from)),
+                 "r"(c0), "r"(c1)
+                 : "memory");
+}
+__device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void tma_store_wait() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
+// Written by threads before, read by the copy engine or the tensor cores after.
+__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Copy of 16 bytes by a thread, zeros instead where not `valid` (`from` is not read then); cp_async_arrive makes `bar` count an
+// arrival of this thread (of those it was initialised with) once its copies so far have landed.
+__device__ __forceinline__ void cp_async16(void* to, const void* from, bool valid) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0)
+                 : "memory");
+}
+__device__ __forceinline__ void cp_async4(void* to, const void* from, bool valid) {  // the same of 4 bytes
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 4 : 0) : "memory");
+}
+__device__ __forceinline__ void cp_async_arrive(uint64_t* bar) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(bar)) : "memory");
+}
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> __device__ __forceinline__ void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+// ---- clusters and parts of a block
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+    uint32_t r;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+    return r;
+}
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_sync() {
+    cluster_arrive();
+    cluster_wait();
+}
+// The same place in the shared memory of another block of the cluster.
+template <class T> __device__ __forceinline__ T* cluster_map(T* p, int rank) {
+    uint64_t there;
+    asm volatile("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(reinterpret_cast<uint64_t>(p)), "r"(rank));
+    return reinterpret_cast<T*>(there);
+}
+// Barrier `id` (1 to 15) of `threads` threads of this block, whole warps.
+__device__ __forceinline__ void part_sync(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void part_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+// Registers that a warpgroup gives away or takes; the bound of the kernel's launch fixes the sum.
+template <int N> __device__ __forceinline__ void registers_less() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
+template <int N> __device__ __forceinline__ void registers_more() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
+// The same value in all lanes, known to the compiler to be so.
+__device__ __forceinline__ int uniform(int v) { return __shfl_sync(0xffffffff, v, 0); }
+// True in one lane of a converged warp.
+__device__ __forceinline__ bool elect_one() {
+    uint32_t p;
+    asm volatile("{ .reg .pred chosen; elect.sync _|chosen, 0xffffffff; selp.u32 %0, 1, 0, chosen; }" : "=r"(p));
+    return p != 0;
+}
+
+// ---- matrix products of a warpgroup: fence, products, commit, wait; the accumulators are not to be touched in between
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Waits until at most N groups are under way.
+template <int N> __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
+// The compiler may not move accesses to these accumulators across.
+template <int N> __device__ __forceinline__ void hold(float (&d)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// Registers of a tile of N columns: their names in PTX, and the operands.
+#define KN_R0 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define KN_R1 "%8, %9, %10, %11, %12, %13, %14, %15"
+#define KN_R2 "%16, %17, %18, %19, %20, %21, %22, %23"
+#define KN_R3 "%24, %25, %26, %27, %28, %29, %30, %31"
+#define KN_R4 "%32, %33, %34, %35, %36, %37, %38, %39"
+#define KN_R5 "%40, %41, %42, %43, %44, %45, %46, %47"
+#define KN_R6 "%48, %49, %50, %51, %52, %53, %54, %55"
+#define KN_R7 "%56, %57, %58, %59, %60, %61, %62, %63"
+#define KN_R8 "%64, %65, %66, %67, %68, %69, %70, %71"
+#define KN_R9 "%72, %73, %74, %75, %76, %77, %78, %79"
+#define KN_R10 "%80, %81, %82, %83, %84, %85, %86, %87"
+#define KN_R11 "%88, %89, %90, %91, %92, %93, %94, %95"
+#define KN_R12 "%96, %97, %98, %99, %100, %101, %102, %103"
+#define KN_R13 "%104, %105, %106, %107, %108, %109, %110, %111"
+#define KN_R14 "%112, %113, %114, %115, %116, %117, %118, %119"
+#define KN_R15 "%120, %121, %122, %123, %124, %125, %126, %127"
+#define KN_D(i) \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define KN_NAMES_8 "%0, %1, %2, %3"
+#define KN_OUT_8 "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+#define KN_NAMES_16 KN_R0
+#define KN_OUT_16 KN_D(0)
+#define KN_NAMES_32 KN_NAMES_16 ", " KN_R1
+#define KN_OUT_32 KN_OUT_16, KN_D(8)
+#define KN_NAMES_48 KN_NAMES_32 ", " KN_R2
+#define KN_OUT_48 KN_OUT_32, KN_D(16)
+#define KN_NAMES_64 KN_NAMES_48 ", " KN_R3
+#define KN_OUT_64 KN_OUT_48, KN_D(24)
+#define KN_NAMES_80 KN_NAMES_64 ", " KN_R4
+#define KN_OUT_80 KN_OUT_64, KN_D(32)
+#define KN_NAMES_96 KN_NAMES_80 ", " KN_R5
+#define KN_OUT_96 KN_OUT_80, KN_D(40)
+#define KN_NAMES_112 KN_NAMES_96 ", " KN_R6
+#define KN_OUT_112 KN_OUT_96, KN_D(48)
+#define KN_NAMES_128 KN_NAMES_112 ", " KN_R7
+#define KN_OUT_128 KN_OUT_112, KN_D(56)
+#define KN_NAMES_144 KN_NAMES_128 ", " KN_R8
+#define KN_OUT_144 KN_OUT_128, KN_D(64)
+#define KN_NAMES_160 KN_NAMES_144 ", " KN_R9
+#define KN_OUT_160 KN_OUT_144, KN_D(72)
+#define KN_NAMES_176 KN_NAMES_160 ", " KN_R10
+#define KN_OUT_176 KN_OUT_160, KN_D(80)
+#define KN_NAMES_192 KN_NAMES_176 ", " KN_R11
+#define KN_OUT_192 KN_OUT_176, KN_D(88)
+#define KN_NAMES_208 KN_NAMES_192 ", " KN_R12
+#define KN_OUT_208 KN_OUT_192, KN_D(96)
+#define KN_NAMES_224 KN_NAMES_208 ", " KN_R13
+#define KN_OUT_224 KN_OUT_208, KN_D(104)
+#define KN_NAMES_240 KN_NAMES_224 ", " KN_R14
+#define KN_OUT_240 KN_OUT_224, KN_D(112)
+#define KN_NAMES_256 KN_NAMES_240 ", " KN_R15
+#define KN_OUT_256 KN_OUT_240, KN_D(120)
+#define KN_WGMMA(N, K, TYPES, A, B, P, MORE, ...)                                                                               \
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, " P ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k" #K ".f32." TYPES             \
+                 " {" KN_NAMES_##N "}, " A ", " B ", p, 1, 1" MORE "; }"                                                         \
+                 : KN_OUT_##N                                                                                                    \
+                 : __VA_ARGS__)
+
+#define KN_E4M3(N, A, B, P) KN_WGMMA(N, 32, "e4m3.e4m3", A, B, P, "", "l"(a), "l"(b), "r"(int(accumulate)))
+#define KN_BF16(N, A, B, P, C) \
+    KN_WGMMA(N, 16, "bf16.bf16", A, B, P, ", 0, " C, "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(columns)))
+#define KN_BF16_HELD(N, A, B, P, C)                                                                                             \
+    KN_WGMMA(N, 16, "bf16.bf16", A, B, P, ", " C, "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), \
+             "n"(int(columns)))
+
+// d += a * b.T for e4m3 codes, 64 x N x 32, both operands rows of k (descriptors); without `accumulate` d is set.
+template <int N> __device__ __forceinline__ void wgmma_e4m3(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
+    if constexpr (N == 8) KN_E4M3(8, "%4", "%5", "%6");
+    else if constexpr (N == 16) KN_E4M3(16, "%8", "%9", "%10");
+    else if constexpr (N == 32) KN_E4M3(32, "%16", "%17", "%18");
+    else if constexpr (N == 48) KN_E4M3(48, "%24", "%25", "%26");
+    else if constexpr (N == 64) KN_E4M3(64, "%32", "%33", "%34");
+    else if constexpr (N == 80) KN_E4M3(80, "%40", "%41", "%42");
+    else if constexpr (N == 96) KN_E4M3(96, "%48", "%49", "%50");
+    else if constexpr (N == 112) KN_E4M3(112, "%56", "%57", "%58");
+    else if constexpr (N == 128) KN_E4M3(128, "%64", "%65", "%66");
+    else if constexpr (N == 160) KN_E4M3(160, "%80", "%81", "%82");
+    else if constexpr (N == 192) KN_E4M3(192, "%96", "%97", "%98");
+    else if constexpr (N == 256) KN_E4M3(256, "%128", "%129", "%130");
+    else static_assert(N < 0, "no such tile");
+}
+
+// d += a * b.T for bf16, 64 x N x 16; with `columns` b lies in rows of n, a row a k (see descriptor.h).
+template <int N, bool columns = false>
+__device__ __forceinline__ void wgmma_bf16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
+    if constexpr (N == 8) KN_BF16(8, "%4", "%5", "%6", "%7");
+    else if constexpr (N == 16) KN_BF16(16, "%8", "%9", "%10", "%11");
+    else if constexpr (N == 32) KN_BF16(32, "%16", "%17", "%18", "%19");
+    else if constexpr (N == 48) KN_BF16(48, "%24", "%25", "%26", "%27");
+    else if constexpr (N == 64) KN_BF16(64, "%32", "%33", "%34", "%35");
+    else if constexpr (N == 80) KN_BF16(80, "%40", "%41", "%42", "%43");
+    else if constexpr (N == 96) KN_BF16(96, "%48", "%49", "%50", "%51");
+    else if constexpr (N == 112) KN_BF16(112, "%56", "%57", "%58", "%59");
+    else if constexpr (N == 128) KN_BF16(128, "%64", "%65", "%66", "%67");
+    else if constexpr (N == 160) KN_BF16(160, "%80", "%81", "%82", "%83");
+    else if constexpr (N == 192) KN_BF16(192, "%96", "%97", "%98", "%99");
+    else if constexpr (N == 256) KN_BF16(256, "%128", "%129", "%130", "%131");
+    else static_assert(N < 0, "no such tile");
+}
+
+// The same with a in registers: of the 16 k, a[0] and a[1] hold this lane's two of the first eight at rows g and g + 8, a[2] and
+// a[3] of the others, where g and the k are those of an accumulator (fragment_row, fragment_column).
+template <int N, bool columns = false>
+__device__ __forceinline__ void wgmma_bf16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+    if constexpr (N == 8) KN_BF16_HELD(8, "{%4, %5, %6, %7}", "%8", "%9", "%10");
+    else if constexpr (N == 16) KN_BF16_HELD(16, "{%8, %9, %10, %11}", "%12", "%13", "%14");
+    else if constexpr (N == 32) KN_BF16_HELD(32, "{%16, %17, %18, %19}", "%20", "%21", "%22");
+    else if constexpr (N == 48) KN_BF16_HELD(48, "{%24, %25, %26, %27}", "%28", "%29", "%30");
+    else if constexpr (N == 64) KN_BF16_HELD(64, "{%32, %33, %34, %35}", "%36", "%37", "%38");
+    else if constexpr (N == 80) KN_BF16_HELD(80, "{%40, %41, %42, %43}", "%44", "%45", "%46");
+    else if constexpr (N == 96) KN_BF16_HELD(96, "{%48, %49, %50, %51}", "%52", "%53", "%54");
+    else if constexpr (N == 112) KN_BF16_HELD(112, "{%56, %57, %58, %59}", "%60", "%61", "%62");
+    else if constexpr (N == 128) KN_BF16_HELD(128, "{%64, %65, %66, %67}", "%68", "%69", "%70");
+    else if constexpr (N == 160) KN_BF16_HELD(160, "{%80, %81, %82, %83}", "%84", "%85", "%86");
+    else if constexpr (N == 192) KN_BF16_HELD(192, "{%96, %97, %98, %99}", "%100", "%101", "%102");
+    else if constexpr (N == 256) KN_BF16_HELD(256, "{%128, %129, %130, %131}", "%132", "%133", "%134");
+    else static_assert(N < 0, "no such tile");
+}
+
+// Four 8 x 8 matrices of 16-bit values to shared memory: lane 8 i + r gives the address of row r of matrix i (16 bytes, aligned); v[i] holds
+// the two values of matrix i at row lane / 4, columns 2 (lane % 4) and the next; `transposed` stores each matrix transposed.
+template <bool transposed = false> __device__ __forceinline__ void stmatrix4(void* row, const uint32_t (&v)[4]) {
+    if constexpr (transposed)
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(v[0]), "r"(v[1]),
+                     "r"(v[2]), "r"(v[3])
+                     : "memory");
+    else
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(v[0]), "r"(v[1]),
+                     "r"(v[2]), "r"(v[3])
+                     : "memory");
+}
+// Two values rounded to bf16, `low` in the low half.
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+    uint32_t r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+// 2^x, to 2 ulp; 0 for -inf.
+__device__ __forceinline__ float exp2_fast(float x) {
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+
+}  // namespace kn::cuda
+#endif

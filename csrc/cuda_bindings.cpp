@@ -1,0 +1,76 @@
+// kernomics._cuda: the CUDA kernels, each called with inputs, outputs, workspace, scalars, stream. It loads without a driver.
+// tests/native compiles this file with pybind11 (KN_EMBED) over kernels that run on the CPU (KN_ON_CPU).
+#if defined(KN_EMBED)
+#include "embed.h"
+#else
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/vector.h>
+
+#include "caster.h"
+#endif
+
+#ifdef KN_ON_CPU
+#include "on_cpu.h"
+#endif
+
+#include "cuda/kernels.h"
+
+namespace nb = nanobind;
+using namespace kn;
+using T = TensorView;
+
+#define KERNEL(name, ...) m.def(#name, __VA_ARGS__, nb::call_guard<nb::gil_scoped_release>())
+
+static cudaStream_t at(uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
+
+NB_MODULE(_cuda, m) {
+    m.def("gemm_tiles", [](bool grouped) {  // (swapped, x, y, cluster, stages, bytes of shared memory) of each
+        std::vector<std::vector<int>> all;
+        auto add = [&](const cuda::GemmTile& t) { all.push_back({t.swapped, t.x(), t.y, t.cluster, t.stages(), t.shared_bytes()}); };
+        if (grouped) for (const auto& t : cuda::GROUPED_TILES) add(t);
+        else for (const auto& t : cuda::DENSE_TILES) add(t);
+        return all;
+    });
+    m.def("gemm_plan", [](int64_t m, int64_t n, int64_t k, int units) {
+        const cuda::GemmPlan plan = cuda::plan_dense(m, n, k, units);
+        return std::vector<int>{plan.tile, plan.splits};
+    });
+#ifdef KN_ON_CPU
+    m.def("gemm_place", [](int index, int tiles_m, int tiles_n, int band) {
+        const cuda::TilePlace at = cuda::place(index, tiles_m, tiles_n, band);
+        return std::vector<int>{at.m, at.n};
+    });
+    m.def("gemm_split_start", cuda::split_start);
+    m.def("gemm_ring", [](int turns, int stages) {
+        std::vector<std::vector<int>> all;
+        cuda::Ring at;
+        for (int i = 0; i < turns; ++i, at.next(stages)) all.push_back({at.slot, int(at.parity)});
+        return all;
+    });
+    m.def("swizzle128", cuda::swizzle128);
+    m.def("fragment", [](int thread, int i) { return std::vector<int>{cuda::fragment_row(thread, i), cuda::fragment_column(thread, i)}; });
+    m.def("schedule", [](int units, uint64_t seed, double eager) { cuda::cpu::schedule() = {units, seed, eager}; },
+          "How the next kernels run: multiprocessors, the draw of their order, the share of asynchronous work done at once.");
+#endif
+    KERNEL(fp8_gemm_sm90, [](T a, T as, T b, T bs, T c, T ws, int, uintptr_t stream) {
+        cuda::fp8_gemm_sm90({a, as, b, bs, c, ws, 0}, at(stream));
+    });
+    KERNEL(fp8_gemm_sm90_plan, [](T a, T as, T b, T bs, T c, T ws, int, int tile, int splits, uintptr_t stream) {
+        cuda::fp8_gemm_sm90({a, as, b, bs, c, ws, 0}, {tile, splits}, at(stream));
+    });
+    KERNEL(fp8_grouped_gemm_sm90_plan, [](T a, T as, T b, T bs, T offsets, T c, T ws, int tile, int splits, uintptr_t stream) {
+        cuda::fp8_grouped_gemm_sm90({a, as, b, bs, offsets, c, ws, 0}, {tile, splits}, at(stream));
+    });
+    KERNEL(fp8_grouped_gemm_sm90, [](T a, T as, T b, T bs, T offsets, T c, T ws, uintptr_t stream) {
+        cuda::fp8_grouped_gemm_sm90({a, as, b, bs, offsets, c, ws, 0}, at(stream));
+    });
+    KERNEL(fp8_quantize, [](T x, T codes, T scale, T, int b0, int b1, int pow2, double floor, uintptr_t stream) {
+        cuda::fp8_quantize({x, codes, scale, b0, b1, pow2 == 1, float(floor), 0}, at(stream));
+    });
+    KERNEL(swiglu_quantize, [](T x, T codes, T scale, T, int pow2, uintptr_t stream) {
+        cuda::swiglu_quantize({x, codes, scale, pow2 == 1, 0}, at(stream));
+    });
+    KERNEL(moe_combine, [](T y, T row_of, T weights, T out, T, uintptr_t stream) {
+        cuda::moe_combine({y, row_of, weights, out, 0}, at(stream));
+    });
+}

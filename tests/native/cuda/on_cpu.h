@@ -1,0 +1,757 @@
+// CUDA kernels on the CPU: a fiber a thread, the blocks of a cluster together, clusters in turn. Test-only.
+//
+// It stands in for csrc/cuda/launch.cuh and ptx.cuh (KN_ON_CPU): barriers, copies by tensor map, wgmma by descriptor, clusters. What
+// is asynchronous on the chip happens here at a drawn moment: copies land and products are done at once or as late as
+// the waits allow, and fibers take turns in a drawn order, so that a missing wait shows as a wrong or poisoned value. A kernel that
+// can go on nowhere is reported with what each warp waits for. Threads of a warp share no instruction: lanes run apart between
+// the points where they meet. Not covered: memory ordering (fences are no-ops), speed, register limits.
+#pragma once
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp8.h>
+#include <cuda_runtime.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <array>
+#include <climits>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "descriptor.h"
+
+#undef __shared__
+#define __shared__ static_assert(false, "kernels use dynamic shared memory alone: KN_SHARED")
+#ifndef __grid_constant__
+#define __grid_constant__
+#endif
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+#undef __forceinline__
+#define __forceinline__ inline
+#define KN_SHARED(name) unsigned char* const name = kn::cuda::cpu::here().shared()
+
+namespace kn::cuda {
+
+struct Grid {
+    dim3 blocks;
+    int threads;
+    size_t shared = 0;
+    int cluster = 1;
+};
+
+namespace cpu {
+
+// How the next launches run: multiprocessors, the draw of the order, and the share of asynchronous work done at once.
+struct Schedule {
+    int units = 4;
+    uint64_t seed = 0;  // 0: fibers in order
+    double eager = 1;
+};
+inline Schedule& schedule() {
+    static Schedule s;
+    return s;
+}
+
+constexpr size_t STACK = 64 << 10;  // of a fiber; the address sanitizer clears its shadow at each switch
+static constexpr uint32_t BASE = 128;  // shared-memory address of a block's first byte: 16-byte aligned and no better is promised
+
+struct Block;
+struct Group {  // a named barrier
+    int arrived = 0;
+    uint64_t turn = 0;
+};
+struct Product {
+    float* d;
+    int n, k;
+    bool bf16, columns, accumulate, registers;
+    uint64_t a, b;
+    uint32_t ra[4];
+};
+struct Fiber {
+    ucontext_t context;
+    Block* block;
+    int index;
+    bool done;
+    bool (*ready)(void*);  // null: it may go on
+    void* asks;
+    const char* what;
+    uint64_t slot[2];                             // what a shuffle hands over
+    std::vector<std::vector<Product>> groups;     // wgmma committed and not yet done
+    std::vector<Product> open;                    // wgmma issued since the last commit
+    std::vector<std::function<void()>> stores, copies;  // copies not yet carried out
+    bool uncommitted = false;
+    char* stack;
+};
+struct Block {
+    uint3 id;
+    int rank, threads, alive;
+    std::vector<unsigned char> memory;
+    size_t size;
+    std::map<uint64_t, Group> groups;
+    std::vector<Fiber> fibers;
+    unsigned char* shared() { return memory.data() + BASE + (-reinterpret_cast<uintptr_t>(memory.data()) & 1023); }
+};
+struct Machine {
+    dim3 grid, block;
+    std::vector<std::unique_ptr<Block>> cluster;
+    std::vector<std::function<void()>> flying;  // copies that will land
+    Group meet;
+    ucontext_t main;
+    Fiber* now = nullptr;
+    std::mt19937_64 random;
+    std::function<void()> body;
+    std::string failure;
+};
+inline Machine*& machine() {
+    static Machine* m = nullptr;
+    return m;
+}
+inline Fiber& me() { return *machine()->now; }
+inline Block& here() { return *me().block; }
+[[noreturn]] inline void fail(const std::string& why) {
+    Fiber& f = me();
+    throw std::runtime_error("block " + std::to_string(f.block->id.x) + " thread " + std::to_string(f.index) + ": " + why);
+}
+inline bool eager() { return schedule().eager >= 1 || std::uniform_real_distribution<>()(machine()->random) < schedule().eager; }
+inline void leave() { swapcontext(&me().context, &machine()->main); }
+
+// Goes on once `condition` holds.
+template <class F> void wait_until(const char* what, F condition) {
+    if (condition()) return;
+    Fiber& f = me();
+    f.ready = [](void* p) { return (*static_cast<F*>(p))(); };
+    f.asks = &condition;
+    f.what = what;
+    leave();
+}
+inline void meet(Group& g, int threads, const char* what, bool wait = true) {
+    const uint64_t turn = g.turn;
+    if (++g.arrived == threads) {
+        g.arrived = 0;
+        ++g.turn;
+    } else if (wait) {
+        wait_until(what, [&g, turn] { return g.turn != turn; });
+    }
+}
+inline void sync_threads() { meet(here().groups[0], here().threads, "__syncthreads"); }
+inline void sync_warp(unsigned mask = 0xffffffff) {
+    if (!(mask >> (me().index & 31) & 1)) fail("__syncwarp: the mask leaves this lane out");
+    meet(here().groups[uint64_t(me().index / 32 + 1) << 32 | mask], __builtin_popcount(mask), "__syncwarp or a shuffle");
+}
+inline void sync_warpgroup(const char* what) { meet(here().groups[uint64_t(me().index / 128 + 1) << 48], 128, what); }
+
+inline void entry() {
+    Fiber& f = me();
+    try {
+        machine()->body();
+        if (!f.open.empty() || !f.groups.empty()) fail("a thread ends with products under way");
+        if (f.uncommitted || !f.stores.empty() || !f.copies.empty()) fail("a thread ends with copies that nothing waits for");
+    } catch (const std::exception& e) {
+        machine()->failure = e.what();
+    }
+    f.done = true;
+    leave();
+}
+
+inline void run_cluster() {
+    Machine& m = *machine();
+    std::vector<Fiber*> order;
+    for (auto& b : m.cluster)
+        for (auto& f : b->fibers) {
+            f.done = f.uncommitted = false;
+            f.ready = nullptr;
+            f.groups.clear(), f.open.clear(), f.stores.clear(), f.copies.clear();
+            getcontext(&f.context);
+            f.context.uc_stack.ss_sp = f.stack;
+            f.context.uc_stack.ss_size = STACK;
+            f.context.uc_link = &m.main;
+            makecontext(&f.context, entry, 0);
+            order.push_back(&f);
+        }
+    size_t alive = order.size();
+    while (alive) {
+        bool moved = false;
+        if (schedule().seed) std::shuffle(order.begin(), order.end(), m.random);
+        for (Fiber* f : order) {
+            if (f->done) continue;
+            m.now = f;
+            if (f->ready && !f->ready(f->asks)) continue;
+            f->ready = nullptr;
+            swapcontext(&m.main, &f->context);
+            moved = true;
+            if (!m.failure.empty()) throw std::runtime_error(m.failure);
+            if (f->done) {
+                --alive;
+                Block& b = *f->block;
+                if (--b.alive == 0) std::fill(b.memory.begin(), b.memory.end(), 0xFF);  // its memory goes to another block
+            }
+        }
+        // Copies land now and then, and at the latest when nothing else can go on.
+        while (!m.flying.empty() && (!moved || m.random() % 4 == 0)) {
+            std::swap(m.flying[m.random() % m.flying.size()], m.flying.back());
+            auto land = std::move(m.flying.back());
+            m.flying.pop_back();
+            land();
+            moved = true;
+        }
+        if (alive && !moved) {
+            std::map<std::string, int> waits;
+            for (Fiber* f : order)
+                if (!f->done) ++waits["block " + std::to_string(f->block->id.x) + " warp " + std::to_string(f->index / 32) + " in " + f->what];
+            std::string all = "no thread can go on:";
+            for (auto& [where, n] : waits) all += "\n  " + where + " (" + std::to_string(n) + " lanes)";
+            throw std::runtime_error(all);
+        }
+    }
+    if (!m.flying.empty()) throw std::runtime_error("the blocks end before their copies have landed");
+}
+
+template <class F> void run(const char* name, const Grid& g, F body) {
+    Machine m;
+    m.grid = g.blocks;
+    m.block = dim3(unsigned(g.threads));
+    m.random.seed(schedule().seed);
+    m.body = body;
+    if (g.shared > 227 << 10) throw std::runtime_error(std::string(name) + ": more than 227 KiB of shared memory");
+    if (g.threads < 1 || g.threads > 1024) throw std::runtime_error(std::string(name) + ": bad number of threads");
+    if (g.blocks.x % unsigned(g.cluster)) throw std::runtime_error(std::string(name) + ": the grid is no multiple of the cluster");
+    static std::vector<std::unique_ptr<char[]>> stacks;
+    size_t used = 0;
+    for (int r = 0; r < g.cluster; ++r) {
+        m.cluster.push_back(std::make_unique<Block>());
+        Block& b = *m.cluster.back();
+        b.rank = r;
+        b.threads = g.threads;
+        b.size = g.shared;
+        b.memory.resize(g.shared + BASE + 2048);
+        b.fibers.resize(size_t(g.threads));
+        for (int i = 0; i < g.threads; ++i) {
+            if (used == stacks.size()) stacks.emplace_back(new char[STACK]);
+            b.fibers[i].block = &b;
+            b.fibers[i].index = i;
+            b.fibers[i].stack = stacks[used++].get();
+        }
+    }
+    Machine* outer = std::exchange(machine(), &m);
+    try {
+        for (unsigned z = 0; z < g.blocks.z; ++z)
+            for (unsigned y = 0; y < g.blocks.y; ++y)
+                for (unsigned x = 0; x < g.blocks.x; x += unsigned(g.cluster)) {
+                    for (auto& b : m.cluster) {
+                        b->id = uint3{x + unsigned(b->rank), y, z};
+                        b->alive = b->threads;
+                        b->groups.clear();
+                        std::fill(b->memory.begin(), b->memory.end(), 0xFF);
+                    }
+                    m.meet = {};
+                    run_cluster();
+                }
+    } catch (const std::exception& e) {
+        machine() = outer;
+        throw std::runtime_error(std::string(name) + ": " + e.what());
+    }
+    machine() = outer;
+}
+
+// ---- the warp
+
+template <class T> T from_lane(T v, int lane, unsigned mask) {
+    static_assert(sizeof(T) <= 8);
+    Fiber& f = me();
+    std::memcpy(f.slot, &v, sizeof v);
+    sync_warp(mask);
+    T got;
+    std::memcpy(&got, here().fibers[f.index / 32 * 32 + (lane & 31)].slot, sizeof got);
+    sync_warp(mask);
+    return got;
+}
+template <class T, class F> T over_lanes(T v, unsigned mask, T start, F join) {
+    Fiber& f = me();
+    std::memcpy(f.slot, &v, sizeof v);
+    sync_warp(mask);
+    T all = start;
+    for (int i = 0; i < 32; ++i)
+        if (mask >> i & 1) {
+            T one;
+            std::memcpy(&one, here().fibers[f.index / 32 * 32 + i].slot, sizeof one);
+            all = join(all, one, i);
+        }
+    sync_warp(mask);
+    return all;
+}
+
+// ---- tensor maps
+
+struct Map {
+    unsigned char* base;
+    uint64_t dims[3], strides[3];  // strides in bytes
+    uint32_t box[3];
+    int rank, item;
+    bool swizzle;
+};
+static_assert(sizeof(Map) <= sizeof(CUtensorMap));
+inline Map& open(const CUtensorMap* map) { return *reinterpret_cast<Map*>(const_cast<CUtensorMap*>(map)); }
+inline uint32_t box_bytes(const Map& m) { return m.box[0] * m.box[1] * m.box[2] * uint32_t(m.item); }
+
+// Between a box of the tensor at `c` and shared memory at `to` of block `b`.
+inline void move_box(const Map& m, Block& b, uint32_t address, const int* c, bool store) {
+    unsigned char* shared = b.shared() - BASE;
+    uint32_t at = address;
+    for (uint32_t z = 0; z < m.box[2]; ++z)
+        for (uint32_t y = 0; y < m.box[1]; ++y)
+            for (uint32_t x = 0; x < m.box[0]; ++x, at += uint32_t(m.item)) {
+                const int64_t i = int64_t(c[0]) + x, j = int64_t(c[1]) + y, k = int64_t(c[2]) + z;
+                const bool inside = i >= 0 && j >= 0 && k >= 0 && uint64_t(i) < m.dims[0] && uint64_t(j) < m.dims[1] && uint64_t(k) < m.dims[2];
+                unsigned char* s = shared + (m.swizzle ? swizzle128(at) : at);
+                unsigned char* g = m.base + i * m.item + j * int64_t(m.strides[1]) + k * int64_t(m.strides[2]);
+                if (store && inside) std::memcpy(g, s, size_t(m.item));
+                if (!store && inside) std::memcpy(s, g, size_t(m.item));
+                if (!store && !inside) std::memset(s, 0, size_t(m.item));
+            }
+}
+
+// ---- barriers: pending arrivals and bytes of a phase
+
+struct Barrier {
+    int32_t bytes;
+    uint16_t arrivals;  // 15 bits: arrivals of a phase that are left
+    uint16_t state;     // phase in the lowest bit, above it arrivals of a phase
+};
+static_assert(sizeof(Barrier) == 8);
+inline Barrier& open(uint64_t* bar) { return *reinterpret_cast<Barrier*>(bar); }
+inline void settle(Barrier& b) {
+    if (b.arrivals == 0 && b.bytes == 0) {
+        b.arrivals = b.state >> 1;
+        b.state ^= 1;
+    }
+}
+inline void arrive(uint64_t* bar, int32_t bytes = 0) {
+    Barrier& b = open(bar);
+    if (b.arrivals == 0) fail("more arrivals at a barrier than it was initialised with");
+    b.bytes += bytes;
+    --b.arrivals;
+    settle(b);
+}
+inline void landed(uint64_t* bar, uint32_t bytes) {
+    open(bar).bytes -= int32_t(bytes);
+    settle(open(bar));
+}
+
+// Which block of the cluster a pointer lies in, and its address there.
+inline Block& owner(const void* p) {
+    for (auto& b : machine()->cluster) {
+        const auto* q = static_cast<const unsigned char*>(p);
+        if (q >= b->shared() && q < b->shared() + b->size) return *b;
+    }
+    fail("an address outside of shared memory");
+}
+
+// ---- products
+
+inline float e4m3(uint8_t code) {
+    static const auto table = [] {
+        std::array<float, 256> t;
+        for (int i = 0; i < 256; ++i) {
+            const int e = i >> 3 & 15, m = i & 7;
+            const float v = e ? std::ldexp(1.0f + float(m) / 8, e - 7) : std::ldexp(float(m) / 8, -6);
+            t[size_t(i)] = (i & 127) == 127 ? NAN : i & 128 ? -v : v;
+        }
+        return t;
+    }();
+    return table[code];
+}
+inline float bf16_value(const void* p) {
+    uint16_t u;
+    std::memcpy(&u, p, 2);
+    const uint32_t w = uint32_t(u) << 16;
+    float f;
+    std::memcpy(&f, &w, 4);
+    return f;
+}
+
+// Values of an operand, n rows of k in rows of `to` or (`across`) in its columns; it lies in rows of k or (`columns`) of n.
+inline void fetch(Block& b, uint64_t descriptor, int n, int k, bool bf16, bool columns, float* to, bool across) {
+    if (descriptor >> 62 != 1) throw std::runtime_error("wgmma: only the 128-byte swizzle is known here");
+    const uint32_t start = uint32_t(descriptor & 0x3fff) << 4, leading = uint32_t(descriptor >> 16 & 0x3fff) << 4,
+                   stride = uint32_t(descriptor >> 32 & 0x3fff) << 4;
+    const int item = bf16 ? 2 : 1, per = 16 / item;  // values of a 16-byte chunk
+    const unsigned char* memory = b.shared() - BASE;
+    auto chunk = [&](uint32_t at) {
+        const uint32_t address = swizzle128(at);
+        if (address < BASE || address + 16 - BASE > b.size) throw std::runtime_error("wgmma: an operand outside of shared memory");
+        return memory + address;
+    };
+    auto put = [&](int r, int i, const unsigned char* p) { to[across ? i * n + r : r * k + i] = bf16 ? bf16_value(p) : e4m3(*p); };
+    if (columns)
+        for (int i = 0; i < k; ++i)
+            for (int r = 0; r < n; r += per) {
+                const auto* p = chunk(start + uint32_t(r / 64) * leading + uint32_t(i / 8) * stride + uint32_t(i % 8) * 128 + uint32_t(r % 64) * 2);
+                for (int j = 0; j < per; ++j) put(r + j, i, p + j * item);
+            }
+    else
+        for (int r = 0; r < n; ++r)
+            for (int i = 0; i < k; i += per) {
+                const auto* p = chunk(start + uint32_t(r / 8) * stride + uint32_t(r % 8) * 128 + uint32_t(i * item));
+                for (int j = 0; j < per; ++j) put(r, i + j, p + j * item);
+            }
+}
+
+// The product that all 128 threads of the caller's warpgroup issued as their next one.
+inline void multiply(Fiber* first, const std::vector<Product*>& all) {
+    const Product& p = *all[0];
+    Block& block = *first->block;
+    for (Product* q : all)
+        if (q->a != p.a || q->b != p.b || q->n != p.n || q->accumulate != p.accumulate) throw std::runtime_error("wgmma: lanes disagree");
+    static std::vector<float> a, b, d;
+    a.resize(size_t(64 * p.k)), b.resize(size_t(p.k * p.n)), d.resize(size_t(64 * p.n));
+    if (p.registers) {
+        for (int t = 0; t < 128; ++t)
+            for (int i = 0; i < 8; ++i) {
+                const int r = fragment_row(t, i & 3), k = i / 4 * 8 + t % 4 * 2 + (i & 1);
+                const uint32_t word = all[size_t(t)]->ra[i / 2];
+                const uint16_t half = uint16_t(i & 1 ? word >> 16 : word);
+                a[size_t(r * p.k + k)] = bf16_value(&half);
+            }
+    } else {
+        fetch(block, p.a, 64, p.k, p.bf16, false, a.data(), false);
+    }
+    fetch(block, p.b, p.n, p.k, p.bf16, p.columns, b.data(), true);
+    std::fill(d.begin(), d.end(), 0.0f);
+    for (int r = 0; r < 64; ++r) {
+        float* row = d.data() + r * p.n;
+        for (int k = 0; k < p.k; ++k) {
+            const float x = a[size_t(r * p.k + k)];
+            const float* other = b.data() + k * p.n;
+            for (int j = 0; j < p.n; ++j) row[j] += x * other[j];
+        }
+    }
+    for (int t = 0; t < 128; ++t)
+        for (int i = 0; i < p.n / 2; ++i) {
+            float& to = all[size_t(t)]->d[i];
+            to = (p.accumulate ? to : 0.0f) + d[size_t(fragment_row(t, i) * p.n + fragment_column(t, i))];
+        }
+}
+
+// Does the oldest committed groups of this warpgroup until `left` remain; the last of its threads to come does the work.
+inline void finish(size_t left) {
+    sync_warpgroup("wgmma wait");
+    Fiber& f = me();
+    Fiber* first = &here().fibers[size_t(f.index / 128 * 128)];
+    if (&f == first)
+        for (; first->groups.size() > left;) {
+            const size_t count = first->groups[0].size();
+            for (size_t i = 0; i < count; ++i) {
+                std::vector<Product*> all;
+                for (int t = 0; t < 128; ++t) {
+                    if (first[t].groups.empty() || first[t].groups[0].size() != count) fail("wgmma: lanes issued different products");
+                    all.push_back(&first[t].groups[0][i]);
+                }
+                multiply(first, all);
+            }
+            for (int t = 0; t < 128; ++t) first[t].groups.erase(first[t].groups.begin());
+        }
+    sync_warpgroup("wgmma wait");
+}
+
+template <class T> T atomic(T* p, T v) {
+    const T old = *p;
+    *p = old + v;
+    return old;
+}
+
+}  // namespace cpu
+
+// ---- launch.cuh
+
+inline int units() { return cpu::schedule().units; }
+
+template <auto kernel, class... Args> void launch(const char* name, const Grid& g, cudaStream_t, Args... args) {
+    if (g.blocks.x * g.blocks.y * g.blocks.z == 0) return;
+    cpu::run(name, g, [=] { kernel(args...); });
+}
+inline void clear(void* data, size_t bytes, cudaStream_t) { std::memset(data, 0, bytes); }
+
+inline CUtensorMap tensor_map(CUtensorMapDataType type, const void* base, int rank, const uint64_t* dims, const uint64_t* strides,
+                              const uint32_t* box, CUtensorMapSwizzle swizzle) {
+    CUtensorMap map;
+    cpu::Map& m = *reinterpret_cast<cpu::Map*>(&map);
+    auto refuse = [](const char* why) { throw std::runtime_error(std::string("tensor map refused: ") + why); };
+    if (rank < 2 || rank > 3) refuse("two or three dims are known here");
+    m = {};
+    m.base = static_cast<unsigned char*>(const_cast<void*>(base));
+    m.rank = rank;
+    m.item = type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 ? 2 : type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 4 : 0;
+    m.swizzle = swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
+    if (!m.item) refuse("this type is not known here");
+    if (!m.swizzle && swizzle != CU_TENSOR_MAP_SWIZZLE_NONE) refuse("this swizzle is not known here");
+    if (reinterpret_cast<uintptr_t>(base) % 16) refuse("the address is not a multiple of 16");
+    for (int i = 0; i < 3; ++i) {
+        m.dims[i] = i < rank ? dims[i] : 1;
+        m.box[i] = i < rank ? box[i] : 1;
+        m.strides[i] = i == 0 ? uint64_t(m.item) : i < rank ? strides[i - 1] : 0;
+        if (m.dims[i] < 1 || m.dims[i] > uint64_t(1) << 32) refuse("a dim is not in 1 to 2^32");
+        if (m.box[i] < 1 || m.box[i] > 256) refuse("a box is not in 1 to 256");
+        if (i && i < rank && (m.strides[i] % 16 || m.strides[i] >= uint64_t(1) << 40)) refuse("a stride is not a multiple of 16 below 2^40");
+    }
+    if (m.box[0] * uint32_t(m.item) % 16) refuse("a box's rows are not multiples of 16 bytes");
+    if (m.swizzle && m.box[0] * uint32_t(m.item) > 128) refuse("a swizzled row is longer than 128 bytes");
+    return map;
+}
+
+// ---- ptx.cuh
+
+inline uint32_t shared_address(const void* p) {
+    return uint32_t(static_cast<const unsigned char*>(p) - cpu::here().shared()) + cpu::BASE;
+}
+
+inline void barrier_init(uint64_t* bar, int arrivals) { cpu::open(bar) = {0, uint16_t(arrivals), uint16_t(arrivals << 1)}; }
+inline void barrier_init_fence() {}
+inline void barrier_arrive(uint64_t* bar) { cpu::arrive(bar); }
+inline void barrier_expect(uint64_t* bar, uint32_t bytes) { cpu::arrive(bar, int32_t(bytes)); }
+inline void barrier_wait(uint64_t* bar, uint32_t parity) {
+    if (parity > 1) cpu::fail("a parity is 0 or 1");
+    cpu::wait_until("barrier_wait", [=] { return uint32_t(cpu::open(bar).state & 1) != parity; });
+}
+inline void barrier_wait_cluster(uint64_t* bar, uint32_t parity) { barrier_wait(bar, parity); }
+
+static constexpr uint64_t EVICT_FIRST = 0x12f0000000000000, EVICT_LAST = 0x14f0000000000000, EVICT_NORMAL = 0x1000000000000000;
+inline void tma_prefetch(const CUtensorMap*) {}
+
+template <class T> T* cluster_map(T* p, int rank) {
+    cpu::Block& b = *cpu::machine()->cluster.at(size_t(rank));
+    return reinterpret_cast<T*>(b.shared() + (reinterpret_cast<unsigned char*>(p) - cpu::here().shared()));
+}
+inline void barrier_arrive_remote(uint64_t* bar, int rank) { cpu::arrive(cluster_map(bar, rank)); }
+
+namespace cpu {
+inline void load(void* to, const CUtensorMap* map, uint64_t* bar, int c0, int c1, int c2, uint16_t blocks) {
+    const Map m = open(map);
+    const uint32_t address = shared_address(to);
+    if (address % (m.swizzle ? 1024 : 128)) fail("a copy's destination is not aligned");
+    if (address + box_bytes(m) - BASE > here().size) fail("a copy lands outside of shared memory");
+    for (int r = 0; r < 16; ++r)
+        if (blocks >> r & 1) {
+            Block* b = machine()->cluster.at(size_t(r)).get();
+            uint64_t* there = cluster_map(bar, r);
+            auto land = [=] {
+                const int c[3] = {c0, c1, c2};
+                if (b->alive == 0) throw std::runtime_error("a copy lands in a block that has ended");
+                move_box(m, *b, address, c, false);
+                landed(there, box_bytes(m));
+            };
+            if (eager()) land();
+            else machine()->flying.push_back(land);
+        }
+}
+}  // namespace cpu
+
+inline void tma_load(void* to, const CUtensorMap* map, uint64_t* bar, int c0, int c1, uint64_t = EVICT_NORMAL) {
+    if (cpu::open(map).rank != 2) cpu::fail("two coordinates for a map of three dims");
+    cpu::load(to, map, bar, c0, c1, 0, uint16_t(1 << cpu::here().rank));
+}
+inline void tma_load(void* to, const CUtensorMap* map, uint64_t* bar, int c0, int c1, int c2, uint64_t = EVICT_NORMAL) {
+    if (cpu::open(map).rank != 3) cpu::fail("three coordinates for a map of two dims");
+    cpu::load(to, map, bar, c0, c1, c2, uint16_t(1 << cpu::here().rank));
+}
+inline void tma_load_multicast(void* to, const CUtensorMap* map, uint64_t* bar, int c0, int c1, uint16_t blocks, uint64_t = EVICT_NORMAL) {
+    cpu::load(to, map, bar, c0, c1, 0, blocks);
+}
+inline void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* bar, uint64_t = EVICT_NORMAL) {
+    if (bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16 || shared_address(to) % 16) cpu::fail("bulk_load: not multiples of 16");
+    cpu::Block* b = &cpu::here();
+    auto land = [=] {
+        if (b->alive == 0) throw std::runtime_error("a copy lands in a block that has ended");
+        std::memcpy(to, from, bytes);
+        cpu::landed(bar, bytes);
+    };
+    if (cpu::eager()) land();
+    else cpu::machine()->flying.push_back(land);
+}
+inline void tma_store(const CUtensorMap* map, const void* from, int c0, int c1) {
+    const cpu::Map m = cpu::open(map);
+    const uint32_t address = shared_address(from);
+    if (address % (m.swizzle ? 1024 : 128)) cpu::fail("a store's source is not aligned");
+    cpu::Block* b = &cpu::here();
+    cpu::me().uncommitted = true;
+    cpu::me().stores.push_back([=] {
+        const int c[3] = {c0, c1, 0};
+        cpu::move_box(m, *b, address, c, true);
+    });
+}
+inline void tma_store_wait() {
+    if (cpu::me().uncommitted) cpu::fail("a wait for stores that were not committed");
+    for (auto& store : cpu::me().stores) store();
+    cpu::me().stores.clear();
+}
+inline void tma_store_commit() {
+    cpu::me().uncommitted = false;
+}
+inline void fence_async() {}
+
+namespace cpu {
+inline void copy_async(void* to, const void* from, bool valid, uint32_t bytes) {
+    if (reinterpret_cast<uintptr_t>(to) % bytes || (valid && reinterpret_cast<uintptr_t>(from) % bytes)) fail("cp_async: not aligned");
+    auto copy = [=] { valid ? std::memcpy(to, from, bytes) : std::memset(to, 0, bytes); };
+    if (eager()) copy();
+    else me().copies.push_back(copy);
+}
+}  // namespace cpu
+inline void cp_async16(void* to, const void* from, bool valid) { cpu::copy_async(to, from, valid, 16); }
+inline void cp_async4(void* to, const void* from, bool valid) { cpu::copy_async(to, from, valid, 4); }
+inline void cp_async_arrive(uint64_t* bar) {
+    auto land = [bar, copies = std::move(cpu::me().copies)] {
+        for (auto& copy : copies) copy();
+        cpu::arrive(bar);
+    };
+    cpu::me().copies.clear();
+    if (cpu::eager()) land();
+    else cpu::machine()->flying.push_back(land);
+}
+inline void cp_async_commit() {}
+template <int N> void cp_async_wait() {
+    static_assert(N == 0, "only a wait for all copies is known here");
+    for (auto& copy : cpu::me().copies) copy();
+    cpu::me().copies.clear();
+}
+
+inline uint32_t cluster_rank() { return uint32_t(cpu::here().rank); }
+inline void cluster_sync() {
+    cpu::meet(cpu::machine()->meet, int(cpu::machine()->cluster.size()) * cpu::here().threads, "cluster_sync");
+}
+inline void part_sync(int id, int threads) { cpu::meet(cpu::here().groups[uint64_t(id)], threads, "part_sync"); }
+inline void part_arrive(int id, int threads) { cpu::meet(cpu::here().groups[uint64_t(id)], threads, "part_sync", false); }
+inline int uniform(int v) { return v; }
+template <int N> void registers_less() { static_assert(N % 8 == 0 && N >= 24 && N <= 256); }
+template <int N> void registers_more() { static_assert(N % 8 == 0 && N >= 24 && N <= 256); }
+inline bool elect_one() {
+    cpu::sync_warp();
+    return (cpu::me().index & 31) == 0;
+}
+
+inline void wgmma_fence() {}
+inline void wgmma_commit() {
+    cpu::me().groups.push_back(std::move(cpu::me().open));
+    cpu::me().open.clear();
+    if (cpu::schedule().eager >= 1) cpu::finish(0);
+}
+template <int N> void wgmma_wait() {
+    if (!cpu::me().open.empty()) cpu::fail("wgmma wait before commit");
+    cpu::finish(N);
+}
+template <int N> void hold(float (&)[N]) {}
+template <int N> void wgmma_e4m3(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
+    cpu::me().open.push_back({d, N, 32, false, false, accumulate, false, a, b, {}});
+}
+template <int N, bool columns = false> void wgmma_bf16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
+    cpu::me().open.push_back({d, N, 16, true, columns, accumulate, false, a, b, {}});
+}
+template <int N, bool columns = false> void wgmma_bf16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+    cpu::me().open.push_back({d, N, 16, true, columns, accumulate, true, 0, b, {a[0], a[1], a[2], a[3]}});
+}
+
+template <bool transposed = false> void stmatrix4(void* row, const uint32_t (&v)[4]) {
+    if (shared_address(row) % 16) cpu::fail("stmatrix4: a row is not aligned");
+    const int lane = cpu::me().index & 31;
+    for (int i = 0; i < 4; ++i)
+        for (int half = 0; half < 2; ++half) {
+            int r = lane / 4, c = lane % 4 * 2 + half;
+            if (transposed) std::swap(r, c);
+            // the address of row r of matrix i comes from lane 8 i + r
+            const uintptr_t at = cpu::from_lane(reinterpret_cast<uintptr_t>(row), 8 * i + r, ~0u);
+            reinterpret_cast<uint16_t*>(at)[c] = uint16_t(half ? v[i] >> 16 : v[i]);
+        }
+    cpu::sync_warp();
+}
+inline uint32_t pack_bf16(float low, float high) {
+    auto bits = [](float f) {
+        const __nv_bfloat16 h = __float2bfloat16_rn(f);
+        uint16_t u;
+        std::memcpy(&u, &h, 2);
+        return uint32_t(u);
+    };
+    return bits(low) | bits(high) << 16;
+}
+inline float exp2_fast(float x) { return std::exp2(x); }
+
+}  // namespace kn::cuda
+
+// ---- CUDA's own words
+
+#define threadIdx (uint3{unsigned(kn::cuda::cpu::me().index), 0, 0})
+#define blockIdx (kn::cuda::cpu::here().id)
+#define blockDim (kn::cuda::cpu::machine()->block)
+#define gridDim (kn::cuda::cpu::machine()->grid)
+
+inline void __syncthreads() { kn::cuda::cpu::sync_threads(); }
+inline void __syncwarp(unsigned mask = ~0u) { kn::cuda::cpu::sync_warp(mask); }
+inline void __threadfence() {}
+inline void __threadfence_block() {}
+template <class T> T __shfl_sync(unsigned mask, T v, int lane) { return kn::cuda::cpu::from_lane(v, lane, mask); }
+template <class T> T __shfl_xor_sync(unsigned mask, T v, int by) { return kn::cuda::cpu::from_lane(v, (kn::cuda::cpu::me().index & 31) ^ by, mask); }
+template <class T> T __shfl_up_sync(unsigned mask, T v, int by) {
+    const int lane = kn::cuda::cpu::me().index & 31;
+    return kn::cuda::cpu::from_lane(v, lane >= by ? lane - by : lane, mask);
+}
+template <class T> T __shfl_down_sync(unsigned mask, T v, int by) {
+    const int lane = kn::cuda::cpu::me().index & 31;
+    return kn::cuda::cpu::from_lane(v, lane + by < 32 ? lane + by : lane, mask);
+}
+inline unsigned __ballot_sync(unsigned mask, int p) {
+    return kn::cuda::cpu::over_lanes<int>(p != 0, mask, 0, [](int all, int one, int i) { return int(unsigned(all) | unsigned(one) << i); });
+}
+inline int __any_sync(unsigned mask, int p) { return __ballot_sync(mask, p) != 0; }
+inline int __all_sync(unsigned mask, int p) { return __ballot_sync(mask, p) == mask; }
+inline int __reduce_add_sync(unsigned mask, int v) {
+    return kn::cuda::cpu::over_lanes<int>(v, mask, 0, [](int all, int one, int) { return all + one; });
+}
+inline unsigned __match_any_sync(unsigned mask, int v) {
+    return unsigned(kn::cuda::cpu::over_lanes<int64_t>(v, mask, 0, [v](int64_t all, int64_t one, int i) {
+        return one == v ? all | int64_t(1) << i : all;
+    }));
+}
+inline int __popc(unsigned v) { return __builtin_popcount(v); }
+inline int __clz(int v) { return v ? __builtin_clz(unsigned(v)) : 32; }
+inline int __ffs(int v) { return __builtin_ffs(v); }
+inline unsigned __float_as_uint(float f) {
+    unsigned u;
+    std::memcpy(&u, &f, 4);
+    return u;
+}
+inline float __uint_as_float(unsigned u) {
+    float f;
+    std::memcpy(&f, &u, 4);
+    return f;
+}
+inline int __float_as_int(float f) { return int(__float_as_uint(f)); }
+inline float __int_as_float(int u) { return __uint_as_float(unsigned(u)); }
+inline int __reduce_max_sync(unsigned mask, int v) {
+    return kn::cuda::cpu::over_lanes<int>(v, mask, INT_MIN, [](int all, int one, int) { return std::max(all, one); });
+}
+inline int __reduce_min_sync(unsigned mask, int v) {
+    return kn::cuda::cpu::over_lanes<int>(v, mask, INT_MAX, [](int all, int one, int) { return std::min(all, one); });
+}
+inline unsigned __vmaxu2(unsigned a, unsigned b) { return std::max(a & 0xffff, b & 0xffff) | std::max(a >> 16, b >> 16) << 16; }
+inline float __fdividef(float a, float b) { return std::fabs(b) > 0x1p126f && std::isfinite(b) ? a * 0 : a / b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+template <class T> T __ldg(const T* p) { return *p; }
+template <class T> T __ldcs(const T* p) { return *p; }
+template <class T> T __ldcg(const T* p) { return *p; }
+template <class T> void __stcs(T* p, T v) { *p = v; }
+template <class T> void __stcg(T* p, T v) { *p = v; }
+template <class T> T atomicAdd(T* p, T v) { return kn::cuda::cpu::atomic(p, v); }
+using std::max;
+using std::min;
