@@ -25,13 +25,12 @@ def test_nothing_spills(rows):
 
 
 def test_hopper_kernels_use_its_units(rows):
-    """Matrix products of a warpgroup and copies by tensor map in each; each portable kernel for each family."""
+    """Products of warpgroups in the large ones, copies by tensor map of evenly spaced rows; portable ones for each family."""
     hopper = [row for row in rows if row["chip"] == "sm_90a"]
-    names = {re.match(r"\w+", row["kernel"]).group() for row in hopper}
-    assert names >= {"fp8_gemm_kernel"}
+    must = {"fp8_gemm_kernel": ("QGMMA", "UTMALDG"), "decode_kernel": ("HGMMA",)}
+    assert {re.match(r"\w+", row["kernel"]).group() for row in hopper} >= set(must)
     for row in hopper:
-        if row["kernel"].startswith("fp8_gemm_kernel"):
-            assert row["words"]["QGMMA"] and row["words"]["UTMALDG"], row
+        assert all(row["words"][w] for w in must.get(re.match(r"\w+", row["kernel"]).group(), ())), row
     portable = {}
     for row in rows:
         if row["chip"] != "sm_90a":

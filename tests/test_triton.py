@@ -38,7 +38,8 @@ LIMIT = 3e7 if INTERPRET else LONG_FLOPS  # FLOPs of a case; the interpreter tak
 
 def kernels():
     here = None if INTERPRET or not torch.cuda.is_available() else chip.current(0).family
-    return [(op, k) for op in OPS.values() for k in op.kernels if k.name == "triton" or (here and k.name == "cuda" and k.fits(here))]
+    runs = lambda k: k.name == "triton" or (here and k.name == "cuda" and k.fits(here))  # noqa: E731
+    return [(op, k) for op in OPS.values() for k in op.kernels if runs(k)]
 
 
 def cases():
@@ -136,6 +137,26 @@ def test_many_copies(name, case, most, per, monkeypatch, assume):
     want = op.define(**inputs, **scalars)
     got = call(op, next(k for k in op.kernels if k.name == "triton"), copies(inputs), scalars)
     judge(op, got, want if isinstance(want, tuple) else (want,), inputs | scalars)
+
+
+@pytest.mark.skipif(not INTERPRET, reason="bench cases take this path on a GPU")
+@pytest.mark.parametrize("family", ["sm90", "sm100"])
+@pytest.mark.parametrize("op_name, case", [("fp8_gemm", {"m": 260, "n": 264, "k": 144}),
+                                           ("fp8_linear", {"m": 260, "n": 264, "k": 144, "bias": "bf16"})])
+def test_a_program_walks_several_tiles(op_name, case, family, monkeypatch):
+    """Nine tiles of 128 rows, the last ones cut, on a chip of two units; operands by pointer (sm90) and by descriptor (sm100)."""
+    from kernomics.triton_kernels import gemm
+
+    two = dataclasses.replace(CHIPS[family], units=2)
+    monkeypatch.setattr(common, "ASSUMED", two)
+    grids, run = [], gemm.run
+    monkeypatch.setattr(gemm, "run", lambda kernel, grid, *args, **options: (
+        grids.append((grid, options.get("BM"), options.get("LOOP"))), run(kernel, grid, *args, **options)))
+    op = OPS[op_name]
+    inputs, scalars = numpy_ops.sample(op, Case(**case))
+    got = call(op, next(k for k in op.kernels if k.name == "triton"), copies(inputs), scalars)
+    assert ((2, 1), 128, True) in grids
+    judge(op, got, (op.define(**inputs, **scalars),), inputs | scalars)
 
 
 @pytest.mark.parametrize("few", [1024, 8], ids=["few", "many"])

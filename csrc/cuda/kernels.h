@@ -6,6 +6,7 @@
 #include "fp8_grouped_gemm.h"
 #include "fp8_quantize.h"
 #include "gemm_plan.h"
+#include "mla_decode.h"
 #include "moe_combine.h"
 #include "swiglu_quantize.h"
 
@@ -14,6 +15,7 @@ void fp8_gemm_sm90(const Fp8Gemm&, cudaStream_t);
 void fp8_gemm_sm90(const Fp8Gemm&, GemmPlan, cudaStream_t);  // with a tile and split of one's own, to tune and to test
 void fp8_grouped_gemm_sm90(const Fp8GroupedGemm&, cudaStream_t);
 void fp8_grouped_gemm_sm90(const Fp8GroupedGemm&, GemmPlan, cudaStream_t);
+void mla_decode_sm90(const MlaDecode&, cudaStream_t);
 void fp8_quantize(const Fp8Quantize&, cudaStream_t);
 void swiglu_quantize(const SwigluQuantize&, cudaStream_t);
 void moe_combine(const MoeCombine&, cudaStream_t);

@@ -183,6 +183,8 @@ template <int N> __device__ __forceinline__ void hold(float (&d)[N]) {
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define KN_NAMES_8 "%0, %1, %2, %3"
 #define KN_OUT_8 "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+#define KN_NAMES_24 KN_R0 ", %8, %9, %10, %11"
+#define KN_OUT_24 KN_D(0), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11])
 #define KN_NAMES_16 KN_R0
 #define KN_OUT_16 KN_D(0)
 #define KN_NAMES_32 KN_NAMES_16 ", " KN_R1
@@ -232,6 +234,7 @@ template <int N> __device__ __forceinline__ void hold(float (&d)[N]) {
 template <int N> __device__ __forceinline__ void wgmma_e4m3(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
     if constexpr (N == 8) KN_E4M3(8, "%4", "%5", "%6");
     else if constexpr (N == 16) KN_E4M3(16, "%8", "%9", "%10");
+    else if constexpr (N == 24) KN_E4M3(24, "%12", "%13", "%14");
     else if constexpr (N == 32) KN_E4M3(32, "%16", "%17", "%18");
     else if constexpr (N == 48) KN_E4M3(48, "%24", "%25", "%26");
     else if constexpr (N == 64) KN_E4M3(64, "%32", "%33", "%34");
@@ -250,6 +253,7 @@ template <int N, bool columns = false>
 __device__ __forceinline__ void wgmma_bf16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
     if constexpr (N == 8) KN_BF16(8, "%4", "%5", "%6", "%7");
     else if constexpr (N == 16) KN_BF16(16, "%8", "%9", "%10", "%11");
+    else if constexpr (N == 24) KN_BF16(24, "%12", "%13", "%14", "%15");
     else if constexpr (N == 32) KN_BF16(32, "%16", "%17", "%18", "%19");
     else if constexpr (N == 48) KN_BF16(48, "%24", "%25", "%26", "%27");
     else if constexpr (N == 64) KN_BF16(64, "%32", "%33", "%34", "%35");
@@ -269,6 +273,7 @@ template <int N, bool columns = false>
 __device__ __forceinline__ void wgmma_bf16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
     if constexpr (N == 8) KN_BF16_HELD(8, "{%4, %5, %6, %7}", "%8", "%9", "%10");
     else if constexpr (N == 16) KN_BF16_HELD(16, "{%8, %9, %10, %11}", "%12", "%13", "%14");
+    else if constexpr (N == 24) KN_BF16_HELD(24, "{%12, %13, %14, %15}", "%16", "%17", "%18");
     else if constexpr (N == 32) KN_BF16_HELD(32, "{%16, %17, %18, %19}", "%20", "%21", "%22");
     else if constexpr (N == 48) KN_BF16_HELD(48, "{%24, %25, %26, %27}", "%28", "%29", "%30");
     else if constexpr (N == 64) KN_BF16_HELD(64, "{%32, %33, %34, %35}", "%36", "%37", "%38");

@@ -1,5 +1,7 @@
 """Multi-head latent attention over a paged cache, one or a few new tokens a sequence."""
 
+from importlib import import_module
+
 import numpy as np
 
 from kernomics.contract import BF16, F32, I32, U8, Case, Kernel, op
@@ -53,6 +55,10 @@ def split_workspace(items, keys, rows):
     return splits * rows * 514 * 4 if splits > 1 else 0
 
 
+def _sm90_workspace(dims, chip):
+    return import_module("kernomics._cuda").mla_decode_sm90_workspace(dims["b"], dims["q"] * dims["h"], chip.units)
+
+
 @op(
     flops=_flops,
     bytes=_bytes,
@@ -96,6 +102,7 @@ def split_workspace(items, keys, rows):
     rows="b",
     judge=lambda got, want, inputs: judge_attention(*got, *want, inputs.get("bf16_weights", 0)),
     kernels=[
+        Kernel("cuda", "kernomics._cuda:mla_decode_sm90", on="sm90", workspace=_sm90_workspace),
         Kernel("triton", "kernomics.triton_kernels.mla_decode:launch", on="gpu"),
         Kernel("cpu", "kernomics._cpu:mla_decode", workspace=lambda dims, chip: split_workspace(
             dims["b"] * -(-dims["q"] * dims["h"] // 64), dims["n"] * dims["page"], dims["b"] * dims["q"] * dims["h"])),

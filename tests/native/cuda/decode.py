@@ -1,0 +1,91 @@
+"""Run by the native test executable: how mla_decode shares its work on Hopper, and long and broken sequences of every cache."""
+
+import itertools
+
+import numpy as np
+
+from kernomics import OPS, _cuda, numpy_ops
+from kernomics.chip import FAMILIES
+from kernomics.contract import Case
+from kernomics.numerics import BF16_WEIGHTS
+
+FIXED = 5  # cost of a sequence beside its blocks of keys
+OP = OPS["mla_decode"]
+KERNEL = next(k for k in OP.kernels if k.name == "cuda")
+
+
+def test_shares():
+    """Every block of keys once, in order; pieces that share a sequence in slots of their own; no part above its share."""
+    rng = np.random.default_rng(0)
+    for keys, parts in itertools.product((48, 64), (1, 2, 3, 66, 132)):
+        for lens in ([], [0], [1], [64, 0, 65], [40000], [0] * 300, rng.integers(0, 9000, 130),
+                     [3, *rng.integers(0, 200, 40), 30000, 0]):
+            lens = [int(n) for n in lens]
+            blocks = [-(-n // keys) for n in lens]
+            shares = _cuda.decode_parts(lens, keys, parts)
+            cost, slots = np.zeros(parts, int), []
+            for n, pieces in zip(blocks, shares):
+                at = 0
+                for part, first, end, slot in pieces:
+                    assert first == at and end > first and (slot < 0) == (len(pieces) == 1)
+                    at = end
+                    cost[part] += end - first
+                    slots += [slot] if slot >= 0 else []
+                assert at == n
+                assert [p[0] for p in pieces] == list(range(pieces[0][0], pieces[0][0] + len(pieces))) if pieces else True
+            assert len(set(slots)) == len(slots) and all(0 <= s < 2 * parts for s in slots)
+            stretch = max(1, -(-(sum(blocks) + FIXED * len(lens)) // parts))
+            assert cost.max() <= stretch, "a part does more than its share"
+
+
+def run(inputs, scalars, schedule):
+    _cuda.schedule(*schedule)
+    dims, codes, values, _ = OP.bind(*inputs.values(), *scalars.values())
+    outs = [np.empty(shape, numpy_ops._BY_CODE[code]) for shape, _, code in OP.shapes(dims, codes, values)]
+    space = np.empty(KERNEL.workspace(dims, FAMILIES["sm90"]), np.uint8)
+    for x in (*outs, space):
+        x.view(np.uint8)[...] = 0xFF
+    views = [numpy_ops.ABSENT if x is None else numpy_ops._view(x) for x in (*inputs.values(), *outs, space)]
+    KERNEL.load()(*views, *numpy_ops.scalar_codes(OP, values), 0)
+    return outs
+
+
+def test_long_sequences():
+    """Sequences over many parts, several tiles of rows, pages of every kind, both caches."""
+    for kind, (page, b, q, h, lens) in itertools.product(("bf16", "u8"), [
+            (1, 2, 1, 16, (1500, 700)), (48, 1, 2, 70, (900,)), (64, 3, 1, 64, (400, 0, 1200))]):
+        pages = sum(-(-n // page) for n in lens) + 2
+        case = Case(b=b, q=q, h=h, lens=lens, page=page, p=pages, n=-(-max(lens) // page), softmax_scale=0.05, kv_cache=kind,
+                    sink="f32")
+        inputs, scalars = numpy_ops.sample(OP, case)
+        want = OP.define(**inputs, **scalars)
+        got = set()
+        for schedule in ((24, 0, 1.0), (24, 1, 0.0), (5, 2, 0.5)):
+            outs = run(inputs, scalars, schedule)
+            measures = OP.judge(outs, want, inputs | scalars | {"bf16_weights": BF16_WEIGHTS})
+            over = {m: v for m, v in measures.items() if not v[0] <= v[1]}
+            assert not over, f"{case.id} with {schedule}: {over}"
+            if schedule[0] == 24:
+                got.add(outs[0].tobytes() + outs[1].tobytes())
+        assert len(got) == 1, "other bits with another schedule"
+
+
+def test_broken_tables():
+    """A page that does not exist makes its own sequence NaN and no other, and nothing is read there."""
+    for kind, page in itertools.product(("bf16", "u8"), (16, 64)):
+        case = Case(b=3, q=1, h=8, lens=(100, 130, 90), page=page, p=40, n=-(-130 // page), softmax_scale=0.05, kv_cache=kind)
+        inputs, scalars = numpy_ops.sample(OP, case)
+        good = run(inputs, scalars, (24, 1, 0.0))
+        for wrong in (-1, 40, 2**31 - 1):
+            table = inputs["block_table"].copy()
+            table[1, 1] = wrong
+            out, lse = run(inputs | {"block_table": table}, scalars, (24, 1, 0.0))
+            assert np.isnan(out[1].astype(np.float32)).all() and np.isnan(lse[1]).all()
+            for i in (0, 2):
+                assert out[i].tobytes() == good[0][i].tobytes() and lse[i].tobytes() == good[1][i].tobytes()
+
+
+for name, test in list(globals().items()):
+    if name.startswith("test_"):
+        test()
+        print(name[5:].replace("_", " "), "hold")
