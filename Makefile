@@ -28,12 +28,13 @@ bench: build
 test: build lint native
 	$(BIN)/python -m pytest --cov=python/kernomics --cov-report=term:skip-covered
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton.py
-	for kind in asan tsan; do $(BIN)/ctest --test-dir build/$$kind --output-on-failure || exit 1; done
+	for kind in asan tsan; do $(BIN)/ctest --test-dir build/$$kind -LE long --output-on-failure || exit 1; done
 
 # The definition's float64 arrays of 100s of MB are cheaper from a heap that is kept than from fresh pages.
-test-long: build
+test-long: build build/asan/.built
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=30000000000 $(BIN)/python -m pytest --long -m long
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest --long -m long tests/test_triton.py
+	$(BIN)/ctest --test-dir build/asan -L long -j2 --output-on-failure
 
 # Without the network, and without a change to the Python that runs it.
 gpu:

@@ -15,6 +15,10 @@
 
 #include "cuda/kernels.h"
 #include "cuda/mla_decode_plan.h"
+#ifdef KN_ON_CPU
+#include "cuda/moe_permute_plan.h"
+#include "cuda/quantize.cuh"
+#endif
 
 namespace nb = nanobind;
 using namespace kn;
@@ -67,6 +71,17 @@ NB_MODULE(_cuda, m) {
     });
     m.def("swizzle128", cuda::swizzle128);
     m.def("fragment", [](int thread, int i) { return std::vector<int>{cuda::fragment_row(thread, i), cuda::fragment_column(thread, i)}; });
+    m.def("permute_plan", [](int64_t copies, int64_t e) {
+        const cuda::PermutePlan p = cuda::permute_plan(copies, e);
+        return std::vector<int64_t>{p.bins, p.blocks, p.each, p.warps, p.share, p.shared};
+    });
+    m.def("permutes_few", cuda::permutes_few);
+    m.def("quotients", [](T v, T s, T out, bool is_bf16) {  // of f32 vectors, as the quantizers divide
+        for (int64_t i = 0; i < v.size[0]; ++i) {
+            const float a = v.as<float>()[i], b = s.as<float>()[i];
+            out.as<float>()[i] = is_bf16 ? cuda::quotient<bf16>(a, b, 1.0f / b) : cuda::quotient<float>(a, b, 1.0f / b);
+        }
+    });
     m.def("schedule", [](int units, uint64_t seed, double eager) { cuda::cpu::schedule() = {units, seed, eager}; },
           "How the next kernels run: multiprocessors, the draw of their order, the share of asynchronous work done at once.");
 #endif
@@ -91,6 +106,14 @@ NB_MODULE(_cuda, m) {
     });
     KERNEL(swiglu_quantize, [](T x, T codes, T scale, T, int pow2, uintptr_t stream) {
         cuda::swiglu_quantize({x, codes, scale, pow2 == 1, 0}, at(stream));
+    });
+    KERNEL(moe_route, [](T logits, T bias, T weights, T experts, T ws, int, int n_group, int topk_group, int score,
+                         int group_score, bool renormalize, double scaling, uintptr_t stream) {
+        cuda::moe_route({logits, bias, weights, experts, ws, n_group, topk_group, score == 1, group_score == 1, renormalize,
+                         float(scaling), 0}, at(stream));
+    });
+    KERNEL(moe_permute, [](T x, T experts, T x_sorted, T offsets, T row_of, T ws, int64_t, uintptr_t stream) {
+        cuda::moe_permute({x, experts, x_sorted, offsets, row_of, ws, 0}, at(stream));
     });
     KERNEL(moe_combine, [](T y, T row_of, T weights, T out, T, uintptr_t stream) {
         cuda::moe_combine({y, row_of, weights, out, 0}, at(stream));

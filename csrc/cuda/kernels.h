@@ -8,6 +8,8 @@
 #include "gemm_plan.h"
 #include "mla_decode.h"
 #include "moe_combine.h"
+#include "moe_permute.h"
+#include "moe_route.h"
 #include "swiglu_quantize.h"
 
 namespace kn::cuda {
@@ -18,5 +20,7 @@ void fp8_grouped_gemm_sm90(const Fp8GroupedGemm&, GemmPlan, cudaStream_t);
 void mla_decode_sm90(const MlaDecode&, cudaStream_t);
 void fp8_quantize(const Fp8Quantize&, cudaStream_t);
 void swiglu_quantize(const SwigluQuantize&, cudaStream_t);
+void moe_route(const MoeRoute&, cudaStream_t);
+void moe_permute(const MoePermute&, cudaStream_t);
 void moe_combine(const MoeCombine&, cudaStream_t);
 }  // namespace kn::cuda

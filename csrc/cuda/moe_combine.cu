@@ -9,8 +9,9 @@
 namespace kn::cuda {
 
 template <class T, int N>
-__global__ void __launch_bounds__(128) combine(const T* __restrict__ y, const int* __restrict__ row_of, const float* __restrict__ weights,
-                                               T* __restrict__ out, int64_t rows, int64_t d, int top_k, unsigned parts) {
+__global__ void __launch_bounds__(128)
+    combine(const T* __restrict__ y, const int* __restrict__ row_of, const float* __restrict__ weights, T* __restrict__ out,
+            int64_t rows, int64_t d, int top_k, unsigned parts) {
     const int64_t token = blockIdx.x / parts, column = (int64_t(blockIdx.x % parts) * blockDim.x + threadIdx.x) * N;
     if (column >= d) return;
     float sum[N] = {};
@@ -40,8 +41,9 @@ template <class T, int N> static void combine_by(const MoeCombine& p, cudaStream
     const int64_t t = p.row_of.size[0], top_k = p.row_of.size[1], d = p.out.size[1];
     const int threads = int(min64(128, ceil_div(ceil_div(d, N), 32) * 32));
     const int64_t parts = d ? ceil_div(d, int64_t(threads) * N) : 0;
-    launch<combine<T, N>>("moe_combine", {dim3(unsigned(t * parts)), threads}, stream, p.y.as<const T>(), p.row_of.as<const int>(),
-                          p.weights.as<const float>(), p.out.as<T>(), t * top_k, d, int(top_k), unsigned(parts));
+    const Grid grid{dim3(unsigned(t * parts)), threads};
+    launch<combine<T, N>>("moe_combine", grid, stream, p.y.as<const T>(), p.row_of.as<const int>(), p.weights.as<const float>(),
+                          p.out.as<T>(), t * top_k, d, int(top_k), unsigned(parts));
 }
 
 void moe_combine(const MoeCombine& p, cudaStream_t stream) {

@@ -57,26 +57,33 @@ template <class T> struct Eight {
 // A block's scale from the bits of its amax.
 __device__ __forceinline__ float block_scale(uint32_t amax, bool pow2, float floor) {
     uint32_t s = __float_as_uint(__fdiv_rn(fmaxf(__uint_as_float(amax), floor), 448.0f));
-    if (pow2 && s) s = s < 0x800000 ? 1u << (32 - __clz(int(s - 1))) : (s + 0x7fffff) & INFINITE;  // below 2^-126 bits are an integer
+    if (pow2 && s) s = s < 0x800000 ? 1u << (32 - __clz(int(s - 1))) : (s + 0x7fffff) & INFINITE;  // subnormals are integers
     return s ? __uint_as_float(s) : 1.0f;
 }
 
-// A scale to divide by, and 1 / scale where that does for codes of bf16 values, else 0.
+// v / s from r = 1 / s, which is rounded to nearest: the bits of a true division, in three instructions for bf16 values and in
+// five for f32. The first guess is off by an ulp or two, and each step takes its remainder off: after two the result is the
+// rounded quotient (Markstein's theorem). For each of the 2^30 pairs of significands of a bf16 and an f32 one step does; the
+// first guess itself gives wrong codes beside the middles between codes. Signs are such that -0 stays -0.
+template <class T> __device__ __forceinline__ float quotient(float v, float s, float r) {
+    float q = v * r;
+    q = __fmaf_rn(-__fmaf_rn(q, s, -v), r, q);
+    if constexpr (sizeof(T) == 4) q = __fmaf_rn(-__fmaf_rn(q, s, -v), r, q);
+    return q;
+}
+
+// A block's scale to divide by. Values and scale are multiplied by `up` first: remainders of tiny ones would underflow.
 struct Divisor {
-    float s, r;
+    float s, r, up;
 };
-template <class T> __device__ __forceinline__ Divisor divisor(float s) {
-    // A scale below 2^-60 would lose bits of the remainder to underflow.
-    return {s, sizeof(T) == 2 && s >= 0x1p-60f ? __fdiv_rn(1.0f, s) : 0.0f};
+__device__ __forceinline__ Divisor divisor(float scale) {
+    const float up = scale < 0x1p-60f ? 0x1p64f : 1.0f, s = scale * up;
+    return {s, __frcp_rn(s), up};
 }
-// v / s, for codes: a bf16 v takes three instructions instead of a true division. The result may differ from it in the last bits, but
-// lies on the same side of every middle between two codes (or on it): tests/native/cuda/quotient.py. The sign of -0 stays.
-__host__ __device__ __forceinline__ float quick_quotient(float v, float s, float r) {
-    const float q = v * r, over = fmaf(q, s, -v);
-    return fmaf(-over, r, q);
+// The same for any value; Inf is NaN.
+template <class T> __device__ __forceinline__ float any_quotient(float v, Divisor d) {
+    return quotient<T>(fabsf(v) < __uint_as_float(INFINITE) ? v * d.up : __uint_as_float(0x7fc00000), d.s, d.r);
 }
-__device__ __forceinline__ float quotient(float v, Divisor d) { return d.r != 0 ? quick_quotient(v, d.s, d.r) : __fdiv_rn(v, d.s); }
-__device__ __forceinline__ float finite_or_nan(float v) { return fabsf(v) < __uint_as_float(INFINITE) ? v : __uint_as_float(0x7fc00000); }
 
 // Codes of four quotients; NaN gives 0x7f.
 __device__ __forceinline__ uint32_t four_codes(float a, float b, float c, float d) {
@@ -87,12 +94,12 @@ __device__ __forceinline__ uint32_t four_codes(float a, float b, float c, float 
 // Codes of eight values of a block; `finite`: none of them is NaN or Inf.
 template <class T> __device__ __forceinline__ uint2 encode(const Eight<T>& x, Divisor d, bool finite) {
     float q[8];
-    if (finite && d.r != 0) {
+    if (finite && d.up == 1) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) q[i] = quick_quotient(x.value(i), d.s, d.r);
+        for (int i = 0; i < 8; ++i) q[i] = quotient<T>(x.value(i), d.s, d.r);
     } else {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) q[i] = __fdiv_rn(finite_or_nan(x.value(i)), d.s);
+        for (int i = 0; i < 8; ++i) q[i] = any_quotient<T>(x.value(i), d);
     }
     return make_uint2(four_codes(q[0], q[1], q[2], q[3]), four_codes(q[4], q[5], q[6], q[7]));
 }
@@ -114,25 +121,27 @@ struct Place {
     int64_t row, column;
     int size;
 };
-__device__ __forceinline__ Place place_of(int64_t block, int64_t blocks, int64_t k) {
+template <bool WHOLE> __device__ __forceinline__ Place place_of(int64_t block, int64_t blocks, int64_t k) {
     const int64_t across = (k + 127) / 128;
     const bool small = (block | across) >> 32 == 0;  // a 64-bit division costs as much as all the rest
-    const int64_t row = small ? int64_t(uint32_t(block) / uint32_t(across)) : block / across, column = (block - row * across) * 128;
-    return {row, column, block < blocks ? int(min(k - column, int64_t(128))) : 0};
+    const int64_t row = small ? int64_t(uint32_t(block) / uint32_t(across)) : block / across;
+    const int64_t column = (block - row * across) * 128;
+    return {row, column, block >= blocks ? 0 : WHOLE ? 128 : int(min(k - column, int64_t(128)))};
 }
 
 // Quantizes the two parts of a block that this lane holds; all lanes of a warp come here together.
 template <class T>
-__device__ __forceinline__ void quantize_part(const Eight<T> (&x)[2], fp8* codes, float* scale, int size, bool aligned, bool pow2, float floor) {
+__device__ __forceinline__ void quantize_part(const Eight<T> (&x)[2], fp8* codes, float* scale, int size, bool aligned, bool pow2,
+                                              float floor) {
     const int part = int(threadIdx.x % 8);
     uint32_t top = lanes_max<8>(max(x[0].largest(), x[1].largest()));
     const bool finite = top < INFINITE;
     if (__any_sync(0xffffffff, !finite)) top = lanes_max<8>(max(x[0].largest_finite(), x[1].largest_finite()));
     const float s = block_scale(top, pow2, floor);
-    const Divisor d = divisor<T>(s);
+    const Divisor d = divisor(s);
     if (part == 0 && size > 0) *scale = s;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) store_codes(codes + 64 * i + 8 * part, encode(x[i], d, finite), size - 64 * i - 8 * part, aligned);
+    for (int i = 0, at = 8 * part; i < 2; ++i, at += 64) store_codes(codes + at, encode(x[i], d, finite), size - at, aligned);
 }
 
 // Launches `kernel` with a warp for four blocks, and for sixteen where that still fills the chip.

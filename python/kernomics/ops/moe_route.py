@@ -148,6 +148,7 @@ def _judge(got, want, inputs):
     rows="t",
     judge=_judge,
     kernels=[
+        Kernel("cuda", "kernomics._cuda:moe_route", on="sm", where=lambda e, **_: e <= 1024),  # a warp's registers
         Kernel("triton", "kernomics.triton_kernels.moe_route:launch", on="gpu"),
         Kernel("cpu", "kernomics._cpu:moe_route",
                workspace=lambda dims, chip: min(dims["t"], 256) * (-(-dims["e"] // 16) * 16) * 16),

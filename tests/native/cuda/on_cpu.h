@@ -683,6 +683,7 @@ inline uint32_t pack_bf16(float low, float high) {
     return bits(low) | bits(high) << 16;
 }
 inline float exp2_fast(float x) { return std::exp2(x); }
+inline float reciprocal_fast(float x) { return std::fabs(x) > 0x1p126f ? std::copysign(0.0f, x) : 1.0f / x; }
 
 }  // namespace kn::cuda
 
@@ -742,8 +743,8 @@ inline int __reduce_min_sync(unsigned mask, int v) {
     return kn::cuda::cpu::over_lanes<int>(v, mask, INT_MAX, [](int all, int one, int) { return std::min(all, one); });
 }
 inline unsigned __vmaxu2(unsigned a, unsigned b) { return std::max(a & 0xffff, b & 0xffff) | std::max(a >> 16, b >> 16) << 16; }
-inline float __fdividef(float a, float b) { return std::fabs(b) > 0x1p126f && std::isfinite(b) ? a * 0 : a / b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __frcp_rn(float a) { return 1.0f / a; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
