@@ -31,9 +31,13 @@ static cudaStream_t at(uintptr_t stream) { return reinterpret_cast<cudaStream_t>
 NB_MODULE(_cuda, m) {
     m.def("gemm_tiles", [](bool grouped) {  // (swapped, x, y, cluster, stages, bytes of shared memory) of each
         std::vector<std::vector<int>> all;
-        auto add = [&](const cuda::GemmTile& t) { all.push_back({t.swapped, t.x(), t.y, t.cluster, t.stages(), t.shared_bytes()}); };
-        if (grouped) for (const auto& t : cuda::GROUPED_TILES) add(t);
-        else for (const auto& t : cuda::DENSE_TILES) add(t);
+        auto add = [&](const cuda::GemmTile& t) {
+            all.push_back({t.swapped, t.x(), t.y, t.cluster, t.stages(), t.shared_bytes()});
+        };
+        if (grouped)
+            for (const auto& t : cuda::GROUPED_TILES) add(t);
+        else
+            for (const auto& t : cuda::DENSE_TILES) add(t);
         return all;
     });
     m.def("gemm_plan", [](int64_t m, int64_t n, int64_t k, int units) {
@@ -45,7 +49,8 @@ NB_MODULE(_cuda, m) {
         const cuda::TilePlace at = cuda::place(index, tiles_m, tiles_n, band);
         return std::vector<int>{at.m, at.n};
     });
-    m.def("decode_parts", [](std::vector<int64_t> lens, int keys, int parts) {  // of each sequence: (part, first, end, slot or -1) of its pieces
+    m.def("decode_parts", [](std::vector<int64_t> lens, int keys,
+                             int parts) {  // of each sequence: (part, first, end, slot or -1) of its pieces
         std::vector<int> starts{0};
         for (int64_t n : lens) starts.push_back(starts.back() + cuda::decode_blocks(n, keys) + cuda::DECODE_FIXED);
         const int stretch = cuda::decode_stretch(starts.back(), parts);
@@ -70,7 +75,8 @@ NB_MODULE(_cuda, m) {
         return all;
     });
     m.def("swizzle128", cuda::swizzle128);
-    m.def("fragment", [](int thread, int i) { return std::vector<int>{cuda::fragment_row(thread, i), cuda::fragment_column(thread, i)}; });
+    m.def("fragment",
+          [](int thread, int i) { return std::vector<int>{cuda::fragment_row(thread, i), cuda::fragment_column(thread, i)}; });
     m.def("permute_plan", [](int64_t copies, int64_t e) {
         const cuda::PermutePlan p = cuda::permute_plan(copies, e);
         return std::vector<int64_t>{p.bins, p.blocks, p.each, p.warps, p.share, p.shared};
@@ -82,8 +88,9 @@ NB_MODULE(_cuda, m) {
             out.as<float>()[i] = is_bf16 ? cuda::quotient<bf16>(a, b, 1.0f / b) : cuda::quotient<float>(a, b, 1.0f / b);
         }
     });
-    m.def("schedule", [](int units, uint64_t seed, double eager) { cuda::cpu::schedule() = {units, seed, eager}; },
-          "How the next kernels run: multiprocessors, the draw of their order, the share of asynchronous work done at once.");
+    m.def(
+        "schedule", [](int units, uint64_t seed, double eager) { cuda::cpu::schedule() = {units, seed, eager}; },
+        "How the next kernels run: multiprocessors, the draw of their order, the share of asynchronous work done at once.");
 #endif
     KERNEL(fp8_gemm_sm90, [](T a, T as, T b, T bs, T c, T ws, int, uintptr_t stream) {
         cuda::fp8_gemm_sm90({a, as, b, bs, c, ws, 0}, at(stream));
@@ -97,9 +104,10 @@ NB_MODULE(_cuda, m) {
     KERNEL(fp8_grouped_gemm_sm90, [](T a, T as, T b, T bs, T offsets, T c, T ws, uintptr_t stream) {
         cuda::fp8_grouped_gemm_sm90({a, as, b, bs, offsets, c, ws, 0}, at(stream));
     });
-    KERNEL(mla_decode_sm90, [](T q, T cache, T table, T lens, T sink, T out, T lse, T ws, double scale, bool causal, uintptr_t stream) {
-        cuda::mla_decode_sm90({q, cache, table, lens, sink, out, lse, ws, float(scale), causal, 0}, at(stream));
-    });
+    KERNEL(mla_decode_sm90,
+           [](T q, T cache, T table, T lens, T sink, T out, T lse, T ws, double scale, bool causal, uintptr_t stream) {
+               cuda::mla_decode_sm90({q, cache, table, lens, sink, out, lse, ws, float(scale), causal, 0}, at(stream));
+           });
     m.def("mla_decode_sm90_workspace", cuda::decode_workspace, "Bytes for b sequences of `rows` query rows each on a chip.");
     KERNEL(fp8_quantize, [](T x, T codes, T scale, T, int b0, int b1, int pow2, double floor, uintptr_t stream) {
         cuda::fp8_quantize({x, codes, scale, b0, b1, pow2 == 1, float(floor), 0}, at(stream));
@@ -110,7 +118,8 @@ NB_MODULE(_cuda, m) {
     KERNEL(moe_route, [](T logits, T bias, T weights, T experts, T ws, int, int n_group, int topk_group, int score,
                          int group_score, bool renormalize, double scaling, uintptr_t stream) {
         cuda::moe_route({logits, bias, weights, experts, ws, n_group, topk_group, score == 1, group_score == 1, renormalize,
-                         float(scaling), 0}, at(stream));
+                         float(scaling), 0},
+                        at(stream));
     });
     KERNEL(moe_permute, [](T x, T experts, T x_sorted, T offsets, T row_of, T ws, int64_t, uintptr_t stream) {
         cuda::moe_permute({x, experts, x_sorted, offsets, row_of, ws, 0}, at(stream));

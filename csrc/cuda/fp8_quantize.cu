@@ -9,9 +9,9 @@
 namespace kn::cuda {
 
 // WHOLE: k is a multiple of 128, blocks follow each other without gaps.
-template <class T, bool WHOLE>
-__global__ void __launch_bounds__(128) quantize_rows(const T* __restrict__ x, fp8* __restrict__ codes, float* __restrict__ scale,
-                                                     int64_t blocks, int64_t k, bool pow2, float floor) {
+template <class T, bool WHOLE> __global__ void __launch_bounds__(128)
+    quantize_rows(const T* __restrict__ x, fp8* __restrict__ codes, float* __restrict__ scale, int64_t blocks, int64_t k,
+                  bool pow2, float floor) {
     const int lane = int(threadIdx.x % 32), part = lane % 8;
     const bool aligned = WHOLE || k % 8 == 0;
     for (int64_t first = (int64_t(blockIdx.x) * 4 + threadIdx.x / 32) * 4; first < blocks; first += int64_t(gridDim.x) * 16) {
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(128) quantize_rows(const T* __restrict__ x, fp
 
 // A tile of 128 x 128: blocks of that size, or (COLUMNS) of 128 x 1. Thread t holds eight columns of the rows t / 16 + 32 i.
 template <class T, bool COLUMNS, bool ALIGNED>
-__global__ void __launch_bounds__(512, ALIGNED && (sizeof(T) == 2 || !COLUMNS) ? 2 : 1)  // where 64 registers do, two beside each other
+__global__ void __launch_bounds__(512, ALIGNED && (sizeof(T) == 2 || !COLUMNS) ? 2 : 1)  // two where 64 registers do
     quantize_tiles(const T* __restrict__ x, fp8* __restrict__ codes, float* __restrict__ scale, int64_t m, int64_t k, bool pow2,
                    float floor) {
     KN_SHARED(memory);

@@ -9,8 +9,8 @@ namespace kn::cuda {
 __host__ __device__ constexpr int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// A kernel's shape. A tile is `x` rows of the operand in the 64-row slot of wgmma by `y` rows of the other one: tokens by weights, or
-// weights by tokens (`swapped`: few tokens waste no rows of the slot).
+// A kernel's shape. A tile is `x` rows of the operand in the 64-row slot of wgmma by `y` rows of the other one: tokens by
+// weights, or weights by tokens (`swapped`: few tokens waste no rows of the slot).
 struct GemmTile {
     bool swapped;
     int waves;    // x = 128 waves: two warpgroups, each `waves` times 64 rows
@@ -20,32 +20,38 @@ struct GemmTile {
     __host__ __device__ constexpr int x() const { return 128 * waves; }
     __host__ __device__ constexpr int tokens() const { return swapped ? y : x(); }
     __host__ __device__ constexpr int weights() const { return swapped ? x() : y; }
-    __host__ __device__ constexpr int scales() const { return int(up(tokens() + 2, 4) * 4); }  // of a stage: tokens', two of weights
+    __host__ __device__ constexpr int scales() const {
+        return int(up(tokens() + 2, 4) * 4);
+    }  // of a stage: tokens', two of weights
     __host__ __device__ constexpr int stage_bytes() const { return (x() + y) * 128 + scales() * 4; }
     // Rows of 64 columns and a chunk of padding, so that rows start in other banks; 16 rows a warp, 8 warps.
     __host__ __device__ constexpr int staging_bytes() const { return swapped ? 0 : 8 * 16 * 144; }
     // Swapped blocks go two to a multiprocessor: one's first loads run beside the other's last products.
     __host__ __device__ constexpr int budget() const { return swapped ? 112 << 10 : 226 << 10; }
-    __host__ __device__ constexpr int stages() const { return int(least((budget() - 1024 - 256 - staging_bytes()) / stage_bytes(), 8)); }
+    __host__ __device__ constexpr int stages() const {
+        return int(least((budget() - 1024 - 256 - staging_bytes()) / stage_bytes(), 8));
+    }
     __host__ __device__ constexpr int shared_bytes(int e = 0) const {
         return 1024 + stages() * (stage_bytes() + 16) + staging_bytes() + (e ? (e + 2) * 4 : 0);
     }
 };
 
 static constexpr int MOST_EXPERTS = 2048;
-static constexpr GemmTile DENSE_TILES[] = {{true, 1, 8, 1},    {true, 1, 16, 1},   {true, 1, 32, 1},   {true, 1, 64, 1},
-                                           {false, 1, 64, 1},  {false, 1, 96, 2},  {false, 1, 128, 2}, {false, 2, 96, 2},
+static constexpr GemmTile DENSE_TILES[] = {{true, 1, 8, 1},    {true, 1, 16, 1},  {true, 1, 32, 1},   {true, 1, 64, 1},
+                                           {false, 1, 64, 1},  {false, 1, 96, 2}, {false, 1, 128, 2}, {false, 2, 96, 2},
                                            {false, 2, 112, 2}, {false, 2, 128, 2}};
 static constexpr int SWAPPED_TILES = 4;  // the first ones
-static constexpr GemmTile GROUPED_TILES[] = {{true, 1, 8, 1}, {true, 1, 16, 1}, {true, 1, 32, 1}, {true, 1, 64, 1}, {false, 1, 128, 2}, {false, 2, 128, 2}};
+static constexpr GemmTile GROUPED_TILES[] = {{true, 1, 8, 1},  {true, 1, 16, 1},   {true, 1, 32, 1},
+                                             {true, 1, 64, 1}, {false, 1, 128, 2}, {false, 2, 128, 2}};
 
 struct GemmPlan {
     int tile;    // its index in the list
     int splits;  // blocks of a cluster that share k; their sums meet in shared memory in order
 };
 
-// The tile and split of least expected time, by arithmetic in clock cycles of an H200: a multiprocessor does 8543 FLOP of FP8 a cycle and
-// gets about 32 bytes a cycle from L2 when all of them load, up to 60 when few do; memory gives 2735 bytes a cycle to all together.
+// The tile and split of least expected time, by arithmetic in clock cycles of an H200: a multiprocessor does 8543 FLOP of FP8 a
+// cycle and gets about 32 bytes a cycle from L2 when all of them load, up to 60 when few do; memory gives 2735 bytes a cycle to
+// all together.
 constexpr GemmPlan plan_dense(int64_t m, int64_t n, int64_t k, int units) {
     GemmPlan best = {0, 1};
     double least_cycles = -1;
@@ -53,15 +59,18 @@ constexpr GemmPlan plan_dense(int64_t m, int64_t n, int64_t k, int units) {
     const double memory = double(n + m) * double(k) / 2735;
     for (int i = 0; i < int(sizeof DENSE_TILES / sizeof *DENSE_TILES); ++i) {
         const GemmTile& t = DENSE_TILES[i];
-        if (t.swapped ? t.y < m && i + 1 < SWAPPED_TILES : m <= 32) continue;  // a wider one reads weights less often; no slot half empty
+        if (t.swapped ? t.y < m && i + 1 < SWAPPED_TILES : m <= 32)
+            continue;  // a wider one reads weights less often; no slot half empty
         const int64_t tiles = up(m, t.tokens()) * up(up(n, t.weights()), t.cluster) * t.cluster;
         for (int splits = 1; splits <= (t.swapped ? 8 : 1) && splits <= blocks; splits *= 2) {
             const int64_t rounds = up(tiles * splits, units), busy = least(tiles * splits, units);
             const double spare = 32.0 * units / double(busy), rate = spare < 60 ? spare : 60;
             const double products = t.x() * t.y * 256 / 8543.0 / 0.9, loads = (t.x() / t.cluster + t.y) * 128 / rate;
             const double turn = products > loads ? products : loads;
-            const double work = double(rounds * up(blocks, splits)) * turn, ends = (t.swapped ? 0.5 : 1) * double(rounds) * 2 * turn;
-            const double cycles = (work > memory ? work : memory) + ends + (splits > 1 ? 1500 : 0);  // splits meet: two cluster barriers
+            const double work = double(rounds * up(blocks, splits)) * turn,
+                         ends = (t.swapped ? 0.5 : 1) * double(rounds) * 2 * turn;
+            const double cycles =
+                (work > memory ? work : memory) + ends + (splits > 1 ? 1500 : 0);  // splits meet: two cluster barriers
             if (least_cycles < 0 || cycles < least_cycles) {
                 least_cycles = cycles;
                 best = {i, splits};

@@ -1,10 +1,11 @@
 // FP8 block-scaled products on Hopper, dense or by groups of rows; unproved: it has run in the emulator alone.
 //
-// Persistent blocks of three warpgroups. One warp of the first copies tiles of 128 k by tensor map into a ring, another copies their scales;
-// the other two warpgroups multiply. Tensor cores keep about 14 bits of a sum, so each 128 products of k are promoted to f32 sums in
-// registers, scaled, while the other warpgroup's products run. Many tokens: 256 x 128 tiles, for which two blocks of a cluster load each half
-// of the shared rows and hand it to both: 33 bytes a cycle from L2 for 8543 FLOP, where 128 x 128 alone would want 66. Few tokens: the
-// weights take the 64-row slot; k is split over the blocks of a cluster until all multiprocessors load, and the sums meet in shared memory.
+// Persistent blocks of three warpgroups. One warp of the first copies tiles of 128 k by tensor map into a ring, another copies
+// their scales; the other two warpgroups multiply. Tensor cores keep about 14 bits of a sum, so each 128 products of k are
+// promoted to f32 sums in registers, scaled, while the other warpgroup's products run. Many tokens: 256 x 128 tiles, for which
+// two blocks of a cluster load each half of the shared rows and hand it to both: 33 bytes a cycle from L2 for 8543 FLOP, where
+// 128 x 128 alone would want 66. Few tokens: the weights take the 64-row slot; k is split over the blocks of a cluster until all
+// multiprocessors load, and the sums meet in shared memory.
 #pragma once
 #include "gemm_plan.h"
 #include "ptx.cuh"
@@ -40,7 +41,8 @@ template <bool grouped> __device__ GemmJob job_at(const GemmTile& t, const GemmA
         }
         const int row = p.offsets[low], end = low < p.e ? p.offsets[low + 1] : p.m, tiles_m = int(up(end - row, t.tokens()));
         const TilePlace at = place(index - starts[low], tiles_m, tiles_n, t.swapped ? tiles_m : BAND);
-        return {row + at.m * t.tokens(), end, (at.n * t.cluster + rank) * t.weights(), low < p.e ? low : 0, low < p.e ? p.blocks : 0, true};
+        return {row + at.m * t.tokens(),  end, (at.n * t.cluster + rank) * t.weights(), low < p.e ? low : 0,
+                low < p.e ? p.blocks : 0, true};
     } else {
         const int tiles_m = int(up(p.m, t.tokens()));
         if (index >= tiles_m * tiles_n) return {0, 0, 0, 0, 0, false};
@@ -50,7 +52,8 @@ template <bool grouped> __device__ GemmJob job_at(const GemmTile& t, const GemmA
 }
 
 // Bytes of rows that no tensor map can address, into swizzled rows of 128 bytes, zeros past the ends; 128 threads.
-__device__ inline void copy_rows(unsigned char* to, const uint8_t* from, int64_t first, int64_t rows, int count, int k, int at, int thread) {
+__device__ inline void copy_rows(unsigned char* to, const uint8_t* from, int64_t first, int64_t rows, int count, int k, int at,
+                                 int thread) {
     const uint32_t base = shared_address(to);
 #pragma unroll 1
     for (int i = thread; i < count * 128; i += 128) {
@@ -68,8 +71,7 @@ __device__ __forceinline__ void store_swapped(const GemmArgs& p, const GemmJob& 
     else static_cast<uint16_t*>(p.c)[int64_t(m) * p.n + n] = uint16_t(pack_bf16(v, 0.0f));
 }
 
-template <bool SWAPPED, int WAVES, int Y, int CLUSTER, bool GROUPED>
-__global__ void __launch_bounds__(384, SWAPPED ? 2 : 1)
+template <bool SWAPPED, int WAVES, int Y, int CLUSTER, bool GROUPED> __global__ void __launch_bounds__(384, SWAPPED ? 2 : 1)
     fp8_gemm_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap y_map, const GemmArgs p) {
     constexpr GemmTile T = {SWAPPED, WAVES, Y, CLUSTER};
     constexpr int STAGES = T.stages(), X = T.x(), SCALES = T.scales();
@@ -138,8 +140,8 @@ __global__ void __launch_bounds__(384, SWAPPED ? 2 : 1)
                                 tma_load(x, &x_map, full + at.slot, kb * 128, int(x_row), SWAPPED ? EVICT_FIRST : EVICT_NORMAL);
                             } else {
                                 constexpr int SLICE = X / CLUSTER;
-                                tma_load_multicast(x + rank * SLICE * 128, &x_map, full + at.slot, kb * 128, int(x_row) + rank * SLICE,
-                                                   (1 << CLUSTER) - 1);
+                                tma_load_multicast(x + rank * SLICE * 128, &x_map, full + at.slot, kb * 128,
+                                                   int(x_row) + rank * SLICE, (1 << CLUSTER) - 1);
                             }
                             tma_load(y, &y_map, full + at.slot, kb * 128, int(y_row));
                         }
@@ -162,7 +164,8 @@ __global__ void __launch_bounds__(384, SWAPPED ? 2 : 1)
                         cp_async4(s + i, job.row + i < job.end ? from_scale : p.a_scale, job.row + i < job.end);
                     if (lane < 2) {
                         const int rows = (p.n + 127) / 128, of = job.col / 128 + lane;
-                        cp_async4(s + T.tokens() + lane, p.b_scale + (of < rows ? (int64_t(job.g) * rows + of) * p.blocks + kb : 0), of < rows);
+                        cp_async4(s + T.tokens() + lane,
+                                  p.b_scale + (of < rows ? (int64_t(job.g) * rows + of) * p.blocks + kb : 0), of < rows);
                     }
                     cp_async_arrive(full + at.slot);
                 }
@@ -196,7 +199,8 @@ __global__ void __launch_bounds__(384, SWAPPED ? 2 : 1)
                     wgmma_fence();
 #pragma unroll
                     for (int i = 0; i < 4; ++i)
-                        wgmma_e4m3<Y>(d, descriptor(x + uint32_t((part * WAVES + w) * 64 * 128 + i * 32), 1024), descriptor(y + uint32_t(i * 32), 1024), i > 0);
+                        wgmma_e4m3<Y>(d, descriptor(x + uint32_t((part * WAVES + w) * 64 * 128 + i * 32), 1024),
+                                      descriptor(y + uint32_t(i * 32), 1024), i > 0);
                     wgmma_commit();
                     wgmma_wait<0>();
                     hold(d);
@@ -220,7 +224,8 @@ __global__ void __launch_bounds__(384, SWAPPED ? 2 : 1)
                         const float before[2] = {rows[w][0] * w0, rows[w][1] * w0}, after[2] = {rows[w][0] * w1, rows[w][1] * w1};
 #pragma unroll
                         for (int i = 0; i < Y / 2; ++i)
-                            sums[w][i] = fmaf(d[i], Y == 128 || i / 4 * 8 < edge ? before[i / 2 % 2] : after[i / 2 % 2], sums[w][i]);
+                            sums[w][i] =
+                                fmaf(d[i], Y == 128 || i / 4 * 8 < edge ? before[i / 2 % 2] : after[i / 2 % 2], sums[w][i]);
                     }
                 }
             }
@@ -240,7 +245,8 @@ __global__ void __launch_bounds__(384, SWAPPED ? 2 : 1)
                 for (int w = 0; w < WAVES; ++w)
 #pragma unroll
                     for (int i = 0; i < Y / 2; ++i) {
-                        const int m = job.row + (part * WAVES + w) * 64 + fragment_row(local, i), n = job.col + fragment_column(local, i);
+                        const int m = job.row + (part * WAVES + w) * 64 + fragment_row(local, i),
+                                  n = job.col + fragment_column(local, i);
                         if (m < job.end && n < p.n) static_cast<float*>(p.c)[int64_t(m) * p.n + n] = sums[w][i];
                     }
             } else {
@@ -254,7 +260,8 @@ __global__ void __launch_bounds__(384, SWAPPED ? 2 : 1)
 #pragma unroll
                         for (int c = 0; c < width; c += 16) {
                             const float* const d = sums[w] + (c0 + c) / 2;
-                            const uint32_t v[4] = {pack_bf16(d[0], d[1]), pack_bf16(d[2], d[3]), pack_bf16(d[4], d[5]), pack_bf16(d[6], d[7])};
+                            const uint32_t v[4] = {pack_bf16(d[0], d[1]), pack_bf16(d[2], d[3]), pack_bf16(d[4], d[5]),
+                                                   pack_bf16(d[6], d[7])};
                             stmatrix4(mine16 + (lane / 8 % 2 * 8 + lane % 8) * 144 + (c + lane / 16 * 8) * 2, v);
                         }
                         __syncwarp();
@@ -271,7 +278,8 @@ __global__ void __launch_bounds__(384, SWAPPED ? 2 : 1)
                             for (int i = lane; i < 16 * width; i += 32) {
                                 const int m = m0 + i / width, n = job.col + c0 + i % width;
                                 if (m < job.end && n < p.n)
-                                    c16[int64_t(m) * p.n + n] = *reinterpret_cast<const uint16_t*>(mine16 + i / width * 144 + i % width * 2);
+                                    c16[int64_t(m) * p.n + n] =
+                                        *reinterpret_cast<const uint16_t*>(mine16 + i / width * 144 + i % width * 2);
                             }
                         }
                         __syncwarp();
@@ -279,6 +287,7 @@ __global__ void __launch_bounds__(384, SWAPPED ? 2 : 1)
             }
         }
     }
+    __syncwarp();
     if constexpr (SWAPPED) {
         if (p.splits > 1) {
             cluster_sync();
@@ -304,8 +313,7 @@ inline CUtensorMap rows_map(const void* base, int64_t rows, int64_t k, int box) 
     return tensor_map(CU_TENSOR_MAP_DATA_TYPE_UINT8, base, 2, dims, strides, boxes, CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
-template <const GemmTile* TILES, int I, bool GROUPED>
-void launch_gemm(const char* name, const GemmArgs& p, cudaStream_t stream) {
+template <const GemmTile* TILES, int I, bool GROUPED> void launch_gemm(const char* name, const GemmArgs& p, cudaStream_t stream) {
     constexpr GemmTile T = TILES[I];
     const int64_t rows_a = p.m, rows_b = int64_t(p.e) * p.n;
     CUtensorMap x = {}, y = {};

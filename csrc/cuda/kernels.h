@@ -1,4 +1,5 @@
-// The launchers of the CUDA kernels. Tensors are contiguous and start at multiples of 16 bytes; `threads` of the params is not used.
+// The launchers of the CUDA kernels. Tensors are contiguous and start at multiples of 16 bytes; `threads` of the params is not
+// used.
 #pragma once
 #include <cuda_runtime_api.h>
 

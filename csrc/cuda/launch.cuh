@@ -47,8 +47,7 @@ struct Grid {
     int cluster = 1;    // blocks of a cluster, along x
 };
 
-template <auto kernel, class... Args>
-void launch(const char* name, const Grid& g, cudaStream_t stream, Args... args) {
+template <auto kernel, class... Args> void launch(const char* name, const Grid& g, cudaStream_t stream, Args... args) {
     if (g.blocks.x * g.blocks.y * g.blocks.z == 0) return;
     if (g.shared > 48 << 10) {
         static std::atomic<uint64_t> prepared{0};  // a bit a device
@@ -85,14 +84,15 @@ inline CUtensorMap tensor_map(CUtensorMapDataType type, const void* base, int ra
     static const auto encode = [] {
         void* entry = nullptr;
         cudaDriverEntryPointQueryResult found;
-        check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found), "tensor maps");
+        check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found),
+              "tensor maps");
         return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry);
     }();
     CUtensorMap map;
     const uint32_t ones[5] = {1, 1, 1, 1, 1};
-    const CUresult result = encode(&map, type, uint32_t(rank), const_cast<void*>(base), dims, strides, box, ones,
-                                   CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const CUresult result =
+        encode(&map, type, uint32_t(rank), const_cast<void*>(base), dims, strides, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
+               swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS) throw std::runtime_error("tensor map refused: CUresult " + std::to_string(int(result)));
     return map;
 }

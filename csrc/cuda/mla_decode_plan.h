@@ -1,7 +1,7 @@
 // How mla_decode shares its work on Hopper: host and device call these; tests too.
 //
-// Every sequence costs its blocks of keys and DECODE_FIXED more for its queries and its end. The costs of all sequences stand in a
-// row; each part takes an equal stretch of it, so that one sequence may lie in many parts and many sequences in one.
+// Every sequence costs its blocks of keys and DECODE_FIXED more for its queries and its end. The costs of all sequences stand in
+// a row; each part takes an equal stretch of it, so that one sequence may lie in many parts and many sequences in one.
 #pragma once
 #include <cstdint>
 
@@ -13,7 +13,9 @@ static constexpr int DECODE_ROWS = 64, DECODE_FIXED = 5;
 
 // Keys of a block: four scaled copies of the weights leave room for fewer of an FP8 cache.
 __host__ __device__ constexpr int decode_keys(bool fp8) { return fp8 ? 48 : 64; }
-__host__ __device__ constexpr int decode_blocks(int64_t seq_len, int keys) { return seq_len <= 0 ? 0 : int((seq_len + keys - 1) / keys); }
+__host__ __device__ constexpr int decode_blocks(int64_t seq_len, int keys) {
+    return seq_len <= 0 ? 0 : int((seq_len + keys - 1) / keys);
+}
 __host__ __device__ constexpr int decode_row_tiles(int64_t rows) { return int((rows + DECODE_ROWS - 1) / DECODE_ROWS); }
 // Parts of each row tile: together they fill the chip.
 __host__ __device__ constexpr int decode_parts(int units, int row_tiles) {
@@ -34,11 +36,12 @@ __host__ __device__ constexpr int decode_first_part(int stretch, int start) { re
 __host__ __device__ constexpr int decode_last_part(int stretch, int start, int blocks) {
     return (start + DECODE_FIXED + (blocks ? blocks - 1 : 0)) / stretch;
 }
-// Where a part keeps its piece of a sequence that others share: at most one that goes on in the next part, and one that ends here.
+// Where a part keeps its piece of a sequence that others share: at most one that goes on in the next part, and one that ends
+// here.
 __host__ __device__ constexpr int decode_slot(int part, bool goes_on) { return 2 * part + int(goes_on); }
 
-// The workspace: starts of costs [b + 1] and first sequences of parts [parts], then for each row tile and slot its sums [64, 512] and
-// logarithms [64].
+// The workspace: starts of costs [b + 1] and first sequences of parts [parts], then for each row tile and slot its sums [64, 512]
+// and logarithms [64].
 __host__ __device__ constexpr int64_t decode_ints(int64_t b, int parts) { return (b + 1 + parts + 3) / 4 * 4; }
 __host__ __device__ constexpr int64_t decode_workspace(int64_t b, int64_t rows, int units) {
     const int tiles = decode_row_tiles(rows), parts = decode_parts(units, tiles);

@@ -1,11 +1,12 @@
 // mla_decode on Hopper; unproved: it has run in the emulator alone.
 //
-// A block holds 64 query rows (tokens by heads of one sequence, packed) and walks blocks of 64 keys: 64 x 576 of K, whose first 512 columns are
-// V, read once. Per block of keys 4.7 MFLOP of Q K and 4.2 of P V against 74 KB (42 of an FP8 cache): 2100 cycles of tensor cores, 3600
-// of memory, so that up to 64 rows (a rank's 8 or 16 heads too) wait for memory, 128 heads for tensor cores. One warpgroup copies tokens,
-// whatever the page size, into a ring of two tiles (or converts an FP8 cache); of the other two each multiplies half of the keys and then
-// half of the 512 columns, 128 registers a thread. The product of the next keys runs under the softmax of these.
-// Three launches: shares of the work (mla_decode_plan.h), this, and the merge of sequences that lie in several parts.
+// A block holds 64 query rows (tokens by heads of one sequence, packed) and walks blocks of 64 keys: 64 x 576 of K, whose first
+// 512 columns are V, read once. Per block of keys 4.7 MFLOP of Q K and 4.2 of P V against 74 KB (42 of an FP8 cache): 2100 cycles
+// of tensor cores, 3600 of memory, so that up to 64 rows (a rank's 8 or 16 heads too) wait for memory, 128 heads for tensor
+// cores. One warpgroup copies tokens, whatever the page size, into a ring of two tiles (or converts an FP8 cache); of the other
+// two each multiplies half of the keys and then half of the 512 columns, 128 registers a thread. The product of the next keys
+// runs under the softmax of these. Three launches: shares of the work (mla_decode_plan.h), this, and the merge of sequences that
+// lie in several parts.
 #include "kernels.h"
 #include "mla_decode_plan.h"
 #include "ptx.cuh"
@@ -71,11 +72,12 @@ __device__ __forceinline__ float sink_factor(const float* sink, int head, float 
 
 static constexpr int PANEL = 64 * 128;  // bytes of 64 rows of 64 bf16
 
-// Shared memory: queries [9 panels], two tiles of keys [9 panels each], weights [1 panel; with FP8 one for each of the four scales of a
-// key], then a few floats.
+// Shared memory: queries [9 panels], two tiles of keys [9 panels each], weights [1 panel; with FP8 one for each of the four
+// scales of a key], then a few floats.
 template <bool FP8> struct DecodeShape {
     static constexpr int KEYS = decode_keys(FP8), KEY_PANEL = KEYS * 128, TILE = 9 * KEY_PANEL, COPIES = FP8 ? 4 : 1;
-    static constexpr int FLOATS = 4 * 64 + (FP8 ? 2 * KEYS * 4 : 0), BYTES = 1024 + 9 * PANEL + 2 * TILE + COPIES * PANEL + FLOATS * 4 + 4 * 8;
+    static constexpr int FLOATS = 4 * 64 + (FP8 ? 2 * KEYS * 4 : 0),
+                         BYTES = 1024 + 9 * PANEL + 2 * TILE + COPIES * PANEL + FLOATS * 4 + 4 * 8;
 };
 
 // 16 codes as bf16, which holds them exactly.
@@ -84,7 +86,8 @@ __device__ __forceinline__ void widen16(const uint4& codes, uint4 (&to)[2]) {
     uint32_t out[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        const __half2_raw two = __nv_cvt_fp8x2_to_halfraw2(__nv_fp8x2_storage_t(words[i / 2] >> (i % 2 * 16) & 0xffff), __NV_E4M3);
+        const __half2_raw two =
+            __nv_cvt_fp8x2_to_halfraw2(__nv_fp8x2_storage_t(words[i / 2] >> (i % 2 * 16) & 0xffff), __NV_E4M3);
         const float2 f = __half22float2(__half2(two));
         out[i] = pack_bf16(f.x, f.y);
     }
@@ -137,11 +140,13 @@ template <bool FP8> __global__ void __launch_bounds__(384, 1) decode_kernel(cons
                     const bool inside = key < seq && key / p.page < p.table_n;
                     const int page = inside ? p.table[int64_t(i) * p.table_n + key / p.page] : 0;
                     const bool known = page >= 0 && page < p.pages;
-                    const uint8_t* const token = p.cache + (inside && known ? (int64_t(page) * p.page + key % p.page) * (FP8 ? 656 : 1152) : 0);
+                    const uint8_t* const token =
+                        p.cache + (inside && known ? (int64_t(page) * p.page + key % p.page) * (FP8 ? 656 : 1152) : 0);
                     unsigned char* const at = to + swizzle128(uint32_t(row * 128 + chunk * 16));
                     if (key < seq && !(inside && known)) {  // no such page: NaN
 #pragma unroll 1
-                        for (int c = 0; c < 9; ++c) *reinterpret_cast<uint4*>(at + c * KEY_PANEL) = make_uint4(~0u, ~0u, ~0u, ~0u);
+                        for (int c = 0; c < 9; ++c)
+                            *reinterpret_cast<uint4*>(at + c * KEY_PANEL) = make_uint4(~0u, ~0u, ~0u, ~0u);
                     } else if constexpr (!FP8) {
 #pragma unroll
                         for (int c = 0; c < 9; ++c) cp_async16(at + c * KEY_PANEL, token + c * 128 + chunk * 16, inside);
@@ -160,7 +165,8 @@ template <bool FP8> __global__ void __launch_bounds__(384, 1) decode_kernel(cons
                             const uint32_t column = uint32_t(g * 8 + chunk) * 32;  // in bytes of bf16
 #pragma unroll
                             for (int j = 0; j < 2; ++j)
-                                *reinterpret_cast<uint4*>(to + column / 128 * KEY_PANEL + swizzle128(uint32_t(row * 128) + column % 128 + j * 16)) = two[j];
+                                *reinterpret_cast<uint4*>(to + column / 128 * KEY_PANEL +
+                                                          swizzle128(uint32_t(row * 128) + column % 128 + j * 16)) = two[j];
                         }
                         *reinterpret_cast<uint4*>(at + 8 * KEY_PANEL) = rope;
                     }
@@ -198,8 +204,8 @@ template <bool FP8> __global__ void __launch_bounds__(384, 1) decode_kernel(cons
             limit[r] = p.causal ? seq - p.queries + row / p.h + 1 : seq;
         }
         float top[2] = {NOTHING, NOTHING}, total[2] = {0, 0};
-        // Scores of this half's keys, of the tile in the ring's slot `at`. bf16: one sum over 576 columns. FP8: sums of each scale's 128
-        // columns and of the rotated 64, two or three at a time for want of registers.
+        // Scores of this half's keys, of the tile in the ring's slot `at`. bf16: one sum over 576 columns. FP8: sums of each
+        // scale's 128 columns and of the rotated 64, two or three at a time for want of registers.
         constexpr int SUMS = FP8 ? 3 : 1, PART = FP8 ? 64 : 128;  // PART: registers of output columns with one scale
         float o[128 / PART][PART] = {}, s[HALF / 2], d[SUMS][HALF / 2];
         auto multiply = [&](int sum, int at, int first, int end) {  // panels [first, end) of 64 columns
@@ -416,7 +422,8 @@ __global__ void __launch_bounds__(128) decode_merge_kernel(const DecodeArgs p) {
     uint2* const to = reinterpret_cast<uint2*>(p.out + (int64_t(i) * p.rows + row) * 512) + lane;
 #pragma unroll
     for (int c = 0; c < 4; ++c)
-        to[c * 32] = make_uint2(pack_bf16(sums[4 * c] * factor, sums[4 * c + 1] * factor), pack_bf16(sums[4 * c + 2] * factor, sums[4 * c + 3] * factor));
+        to[c * 32] = make_uint2(pack_bf16(sums[4 * c] * factor, sums[4 * c + 1] * factor),
+                                pack_bf16(sums[4 * c + 2] * factor, sums[4 * c + 3] * factor));
 }
 
 void mla_decode_sm90(const MlaDecode& p, cudaStream_t stream) {
@@ -425,13 +432,15 @@ void mla_decode_sm90(const MlaDecode& p, cudaStream_t stream) {
     const int tiles = decode_row_tiles(rows), parts = decode_parts(units(), tiles);
     int* const ints = p.workspace.as<int>();
     float* const sums = reinterpret_cast<float*>(ints + decode_ints(b, parts));
-    const DecodeArgs args = {p.q.as<const uint16_t>(), p.kv_cache.as<const uint8_t>(), p.block_table.as<const int>(), p.seq_lens.as<const int>(),
-                             p.sink.as<const float>(), p.out.as<uint16_t>(), p.lse.as<float>(), sums, sums + int64_t(tiles) * 2 * parts * 64 * 512,
-                             ints, ints + b + 1, int(b), int(h), int(rows), int(p.kv_cache.size[0]), int(p.kv_cache.size[1]),
-                             int(p.block_table.size[1]), parts, tiles, int(queries), decode_keys(p.kv_cache.dtype == Dtype::u8), p.softmax_scale * LOG2E, p.causal};
+    const DecodeArgs args = {p.q.as<const uint16_t>(), p.kv_cache.as<const uint8_t>(), p.block_table.as<const int>(),
+                             p.seq_lens.as<const int>(), p.sink.as<const float>(), p.out.as<uint16_t>(), p.lse.as<float>(),
+                             sums, sums + int64_t(tiles) * 2 * parts * 64 * 512, ints, ints + b + 1, int(b), int(h), int(rows),
+                             int(p.kv_cache.size[0]), int(p.kv_cache.size[1]), int(p.block_table.size[1]), parts, tiles,
+                             int(queries), decode_keys(p.kv_cache.dtype == Dtype::u8), p.softmax_scale * LOG2E, p.causal};
     launch<decode_plan_kernel>("mla_decode_sm90", {dim3(1), 32}, stream, args);
     const dim3 grid = {unsigned(parts), unsigned(tiles)};
-    if (p.kv_cache.dtype == Dtype::u8) launch<decode_kernel<true>>("mla_decode_sm90", {grid, 384, DecodeShape<true>::BYTES}, stream, args);
+    if (p.kv_cache.dtype == Dtype::u8)
+        launch<decode_kernel<true>>("mla_decode_sm90", {grid, 384, DecodeShape<true>::BYTES}, stream, args);
     else launch<decode_kernel<false>>("mla_decode_sm90", {grid, 384, DecodeShape<false>::BYTES}, stream, args);
     launch<decode_merge_kernel>("mla_decode_sm90", {dim3(unsigned(ceil_div(rows, 4)), unsigned(b)), 128}, stream, args);
 }

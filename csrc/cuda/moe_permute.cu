@@ -80,7 +80,6 @@ __global__ void __launch_bounds__(THREADS, 8)
             if (place < units) x_sorted[row * units + place] = key[c] < dropped ? value : U{};
             if (part == 0 && int(threadIdx.x) == c) row_of[at + c] = key[c] < dropped ? row : -1;
         }
-        __syncthreads();  // before the next ranks
     }
 }
 

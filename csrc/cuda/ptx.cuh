@@ -21,8 +21,8 @@ __device__ __forceinline__ void barrier_arrive(uint64_t* bar) {
 // Arrives at the same barrier of another block of the cluster.
 __device__ __forceinline__ void barrier_arrive_remote(uint64_t* bar, int rank) {
     asm volatile(
-        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(
-            shared_address(bar)),
+        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, "
+        "[there]; }" ::"r"(shared_address(bar)),
         "r"(rank)
         : "memory");
 }
@@ -32,16 +32,16 @@ __device__ __forceinline__ void barrier_expect(uint64_t* bar, uint32_t bytes) {
 }
 // Waits for the end of the phase of this parity: 0 for the first, 1 for the second, and so on in turn.
 __device__ __forceinline__ void barrier_wait(uint64_t* bar, uint32_t parity) {
-    asm volatile(
-        "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again; }" ::"r"(shared_address(bar)),
-        "r"(parity)
-        : "memory");
+    asm volatile("{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again; }" ::"r"(
+                     shared_address(bar)),
+                 "r"(parity)
+                 : "memory");
 }
 // The same, with the acquisition of what other blocks of the cluster wrote before they arrived.
 __device__ __forceinline__ void barrier_wait_cluster(uint64_t* bar, uint32_t parity) {
     asm volatile(
-        "{ .reg .pred done; again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1; @!done bra again; }" ::"r"(
-            shared_address(bar)),
+        "{ .reg .pred done; again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1; @!done bra again; "
+        "}" ::"r"(shared_address(bar)),
         "r"(parity)
         : "memory");
 }
@@ -54,24 +54,25 @@ __device__ __forceinline__ void tma_prefetch(const CUtensorMap* map) {
 // Policies of L2 for what is read once, and for what others will read again.
 static constexpr uint64_t EVICT_FIRST = 0x12f0000000000000, EVICT_LAST = 0x14f0000000000000, EVICT_NORMAL = 0x1000000000000000;
 
-__device__ __forceinline__ void tma_load(void* to, const CUtensorMap* map, uint64_t* bar, int c0, int c1, uint64_t policy = EVICT_NORMAL) {
+__device__ __forceinline__ void tma_load(void* to, const CUtensorMap* map, uint64_t* bar, int c0, int c1,
+                                         uint64_t policy = EVICT_NORMAL) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(
-            shared_address(to)),
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4}], [%2], "
+        "%5;" ::"r"(shared_address(to)),
         "l"(map), "r"(shared_address(bar)), "r"(c0), "r"(c1), "l"(policy)
         : "memory");
 }
 __device__ __forceinline__ void tma_load(void* to, const CUtensorMap* map, uint64_t* bar, int c0, int c1, int c2,
                                          uint64_t policy = EVICT_NORMAL) {
     asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(
-            shared_address(to)),
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5}], "
+        "[%2], %6;" ::"r"(shared_address(to)),
         "l"(map), "r"(shared_address(bar)), "r"(c0), "r"(c1), "r"(c2), "l"(policy)
         : "memory");
 }
 // Into the same place of every block in `blocks`, a bit a rank; each block's own barrier counts the bytes.
-__device__ __forceinline__ void tma_load_multicast(void* to, const CUtensorMap* map, uint64_t* bar, int c0, int c1, uint16_t blocks,
-                                                   uint64_t policy = EVICT_NORMAL) {
+__device__ __forceinline__ void tma_load_multicast(void* to, const CUtensorMap* map, uint64_t* bar, int c0, int c1,
+                                                   uint16_t blocks, uint64_t policy = EVICT_NORMAL) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
         "[%0], [%1, {%3, %4}], [%2], %5, %6;" ::"r"(shared_address(to)),
@@ -79,16 +80,18 @@ __device__ __forceinline__ void tma_load_multicast(void* to, const CUtensorMap* 
         : "memory");
 }
 // `bytes` (a multiple of 16, both ends aligned to 16) of global memory.
-__device__ __forceinline__ void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* bar, uint64_t policy = EVICT_NORMAL) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-                     shared_address(to)),
-                 "l"(from), "r"(bytes), "r"(shared_address(bar)), "l"(policy)
-                 : "memory");
+__device__ __forceinline__ void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* bar,
+                                          uint64_t policy = EVICT_NORMAL) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+            shared_address(to)),
+        "l"(from), "r"(bytes), "r"(shared_address(bar)), "l"(policy)
+        : "memory");
 }
 // Stores of this thread: tma_store, then tma_store_commit, then tma_store_wait before the shared memory is written again.
 __device__ __forceinline__ void tma_store(const CUtensorMap* map, const void* from, int c0, int c1) {
-    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(shared_address(from)),
-                 "r"(c0), "r"(c1)
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+                 "r"(shared_address(from)), "r"(c0), "r"(c1)
                  : "memory");
 }
 __device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
@@ -100,11 +103,13 @@ __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.
 // Copy of 16 bytes by a thread, zeros instead where not `valid` (`from` is not read then); cp_async_arrive makes `bar` count an
 // arrival of this thread (of those it was initialised with) once its copies so far have landed.
 __device__ __forceinline__ void cp_async16(void* to, const void* from, bool valid) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0)
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(valid ? 16 : 0)
                  : "memory");
 }
 __device__ __forceinline__ void cp_async4(void* to, const void* from, bool valid) {  // the same of 4 bytes
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 4 : 0) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 4 : 0)
+                 : "memory");
 }
 __device__ __forceinline__ void cp_async_arrive(uint64_t* bar) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(bar)) : "memory");
@@ -139,8 +144,12 @@ __device__ __forceinline__ void part_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 // Registers that a warpgroup gives away or takes; the bound of the kernel's launch fixes the sum.
-template <int N> __device__ __forceinline__ void registers_less() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
-template <int N> __device__ __forceinline__ void registers_more() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
+template <int N> __device__ __forceinline__ void registers_less() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <int N> __device__ __forceinline__ void registers_more() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
 // The same value in all lanes, known to the compiler to be so.
 __device__ __forceinline__ int uniform(int v) { return __shfl_sync(0xffffffff, v, 0); }
 // True in one lane of a converged warp.
@@ -155,7 +164,9 @@ __device__ __forceinline__ bool elect_one() {
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Waits until at most N groups are under way.
-template <int N> __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
+template <int N> __device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
 // The compiler may not move accesses to these accumulators across.
 template <int N> __device__ __forceinline__ void hold(float (&d)[N]) {
 #pragma unroll
@@ -217,16 +228,16 @@ template <int N> __device__ __forceinline__ void hold(float (&d)[N]) {
 #define KN_OUT_240 KN_OUT_224, KN_D(112)
 #define KN_NAMES_256 KN_NAMES_240 ", " KN_R15
 #define KN_OUT_256 KN_OUT_240, KN_D(120)
-#define KN_WGMMA(N, K, TYPES, A, B, P, MORE, ...)                                                                               \
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, " P ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k" #K ".f32." TYPES             \
-                 " {" KN_NAMES_##N "}, " A ", " B ", p, 1, 1" MORE "; }"                                                         \
-                 : KN_OUT_##N                                                                                                    \
+#define KN_WGMMA(N, K, TYPES, A, B, P, MORE, ...)                                                                     \
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, " P ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k" #K ".f32." TYPES \
+                 " {" KN_NAMES_##N "}, " A ", " B ", p, 1, 1" MORE "; }"                                              \
+                 : KN_OUT_##N                                                                                         \
                  : __VA_ARGS__)
 
 #define KN_E4M3(N, A, B, P) KN_WGMMA(N, 32, "e4m3.e4m3", A, B, P, "", "l"(a), "l"(b), "r"(int(accumulate)))
 #define KN_BF16(N, A, B, P, C) \
     KN_WGMMA(N, 16, "bf16.bf16", A, B, P, ", 0, " C, "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(columns)))
-#define KN_BF16_HELD(N, A, B, P, C)                                                                                             \
+#define KN_BF16_HELD(N, A, B, P, C)                                                                                         \
     KN_WGMMA(N, 16, "bf16.bf16", A, B, P, ", " C, "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), \
              "n"(int(columns)))
 
@@ -287,16 +298,17 @@ __device__ __forceinline__ void wgmma_bf16(float (&d)[N / 2], const uint32_t (&a
     else static_assert(N < 0, "no such tile");
 }
 
-// Four 8 x 8 matrices of 16-bit values to shared memory: lane 8 i + r gives the address of row r of matrix i (16 bytes, aligned); v[i] holds
-// the two values of matrix i at row lane / 4, columns 2 (lane % 4) and the next; `transposed` stores each matrix transposed.
+// Four 8 x 8 matrices of 16-bit values to shared memory: lane 8 i + r gives the address of row r of matrix i (16 bytes, aligned);
+// v[i] holds the two values of matrix i at row lane / 4, columns 2 (lane % 4) and the next; `transposed` stores each matrix
+// transposed.
 template <bool transposed = false> __device__ __forceinline__ void stmatrix4(void* row, const uint32_t (&v)[4]) {
     if constexpr (transposed)
-        asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(v[0]), "r"(v[1]),
-                     "r"(v[2]), "r"(v[3])
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+                     "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
                      : "memory");
     else
-        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(v[0]), "r"(v[1]),
-                     "r"(v[2]), "r"(v[3])
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(v[0]),
+                     "r"(v[1]), "r"(v[2]), "r"(v[3])
                      : "memory");
 }
 // Two values rounded to bf16, `low` in the low half.

@@ -1,8 +1,8 @@
 // CUDA kernels on the CPU: a fiber a thread, the blocks of a cluster together, clusters in turn. Test-only.
 //
-// It stands in for csrc/cuda/launch.cuh and ptx.cuh (KN_ON_CPU): barriers, copies by tensor map, wgmma by descriptor, clusters. What
-// is asynchronous on the chip happens here at a drawn moment: copies land and products are done at once or as late as
-// the waits allow, and fibers take turns in a drawn order, so that a missing wait shows as a wrong or poisoned value. A kernel that
+// It stands in for csrc/cuda/launch.cuh and ptx.cuh (KN_ON_CPU): barriers, copies by tensor map, wgmma by descriptor, clusters.
+// What is asynchronous on the chip happens here at a drawn moment: copies land and products are done at once or as late as the
+// waits allow, and fibers take turns in a drawn order, so that a missing wait shows as a wrong or poisoned value. A kernel that
 // can go on nowhere is reported with what each warp waits for. Threads of a warp share no instruction: lanes run apart between
 // the points where they meet. Not covered: memory ordering (fences are no-ops), speed, register limits.
 #pragma once
@@ -63,7 +63,7 @@ inline Schedule& schedule() {
     return s;
 }
 
-constexpr size_t STACK = 64 << 10;  // of a fiber; the address sanitizer clears its shadow at each switch
+constexpr size_t STACK = 64 << 10;     // of a fiber; the address sanitizer clears its shadow at each switch
 static constexpr uint32_t BASE = 128;  // shared-memory address of a block's first byte: 16-byte aligned and no better is promised
 
 struct Block;
@@ -86,9 +86,9 @@ struct Fiber {
     bool (*ready)(void*);  // null: it may go on
     void* asks;
     const char* what;
-    uint64_t slot[2];                             // what a shuffle hands over
-    std::vector<std::vector<Product>> groups;     // wgmma committed and not yet done
-    std::vector<Product> open;                    // wgmma issued since the last commit
+    uint64_t slot[2];                                   // what a shuffle hands over
+    std::vector<std::vector<Product>> groups;           // wgmma committed and not yet done
+    std::vector<Product> open;                          // wgmma issued since the last commit
     std::vector<std::function<void()>> stores, copies;  // copies not yet carried out
     bool uncommitted = false;
     char* stack;
@@ -208,7 +208,9 @@ inline void run_cluster() {
         if (alive && !moved) {
             std::map<std::string, int> waits;
             for (Fiber* f : order)
-                if (!f->done) ++waits["block " + std::to_string(f->block->id.x) + " warp " + std::to_string(f->index / 32) + " in " + f->what];
+                if (!f->done)
+                    ++waits["block " + std::to_string(f->block->id.x) + " warp " + std::to_string(f->index / 32) + " in " +
+                            f->what];
             std::string all = "no thread can go on:";
             for (auto& [where, n] : waits) all += "\n  " + where + " (" + std::to_string(n) + " lanes)";
             throw std::runtime_error(all);
@@ -225,7 +227,8 @@ template <class F> void run(const char* name, const Grid& g, F body) {
     m.body = body;
     if (g.shared > 227 << 10) throw std::runtime_error(std::string(name) + ": more than 227 KiB of shared memory");
     if (g.threads < 1 || g.threads > 1024) throw std::runtime_error(std::string(name) + ": bad number of threads");
-    if (g.blocks.x % unsigned(g.cluster)) throw std::runtime_error(std::string(name) + ": the grid is no multiple of the cluster");
+    if (g.blocks.x % unsigned(g.cluster))
+        throw std::runtime_error(std::string(name) + ": the grid is no multiple of the cluster");
     static std::vector<std::unique_ptr<char[]>> stacks;
     size_t used = 0;
     for (int r = 0; r < g.cluster; ++r) {
@@ -312,7 +315,8 @@ inline void move_box(const Map& m, Block& b, uint32_t address, const int* c, boo
         for (uint32_t y = 0; y < m.box[1]; ++y)
             for (uint32_t x = 0; x < m.box[0]; ++x, at += uint32_t(m.item)) {
                 const int64_t i = int64_t(c[0]) + x, j = int64_t(c[1]) + y, k = int64_t(c[2]) + z;
-                const bool inside = i >= 0 && j >= 0 && k >= 0 && uint64_t(i) < m.dims[0] && uint64_t(j) < m.dims[1] && uint64_t(k) < m.dims[2];
+                const bool inside =
+                    i >= 0 && j >= 0 && k >= 0 && uint64_t(i) < m.dims[0] && uint64_t(j) < m.dims[1] && uint64_t(k) < m.dims[2];
                 unsigned char* s = shared + (m.swizzle ? swizzle128(at) : at);
                 unsigned char* g = m.base + i * m.item + j * int64_t(m.strides[1]) + k * int64_t(m.strides[2]);
                 if (store && inside) std::memcpy(g, s, size_t(m.item));
@@ -389,14 +393,18 @@ inline void fetch(Block& b, uint64_t descriptor, int n, int k, bool bf16, bool c
     const unsigned char* memory = b.shared() - BASE;
     auto chunk = [&](uint32_t at) {
         const uint32_t address = swizzle128(at);
-        if (address < BASE || address + 16 - BASE > b.size) throw std::runtime_error("wgmma: an operand outside of shared memory");
+        if (address < BASE || address + 16 - BASE > b.size)
+            throw std::runtime_error("wgmma: an operand outside of shared memory");
         return memory + address;
     };
-    auto put = [&](int r, int i, const unsigned char* p) { to[across ? i * n + r : r * k + i] = bf16 ? bf16_value(p) : e4m3(*p); };
+    auto put = [&](int r, int i, const unsigned char* p) {
+        to[across ? i * n + r : r * k + i] = bf16 ? bf16_value(p) : e4m3(*p);
+    };
     if (columns)
         for (int i = 0; i < k; ++i)
             for (int r = 0; r < n; r += per) {
-                const auto* p = chunk(start + uint32_t(r / 64) * leading + uint32_t(i / 8) * stride + uint32_t(i % 8) * 128 + uint32_t(r % 64) * 2);
+                const auto* p = chunk(start + uint32_t(r / 64) * leading + uint32_t(i / 8) * stride + uint32_t(i % 8) * 128 +
+                                      uint32_t(r % 64) * 2);
                 for (int j = 0; j < per; ++j) put(r + j, i, p + j * item);
             }
     else
@@ -412,7 +420,8 @@ inline void multiply(Fiber* first, const std::vector<Product*>& all) {
     const Product& p = *all[0];
     Block& block = *first->block;
     for (Product* q : all)
-        if (q->a != p.a || q->b != p.b || q->n != p.n || q->accumulate != p.accumulate) throw std::runtime_error("wgmma: lanes disagree");
+        if (q->a != p.a || q->b != p.b || q->n != p.n || q->accumulate != p.accumulate)
+            throw std::runtime_error("wgmma: lanes disagree");
     static std::vector<float> a, b, d;
     a.resize(size_t(64 * p.k)), b.resize(size_t(p.k * p.n)), d.resize(size_t(64 * p.n));
     if (p.registers) {
@@ -454,7 +463,8 @@ inline void finish(size_t left) {
             for (size_t i = 0; i < count; ++i) {
                 std::vector<Product*> all;
                 for (int t = 0; t < 128; ++t) {
-                    if (first[t].groups.empty() || first[t].groups[0].size() != count) fail("wgmma: lanes issued different products");
+                    if (first[t].groups.empty() || first[t].groups[0].size() != count)
+                        fail("wgmma: lanes issued different products");
                     all.push_back(&first[t].groups[0][i]);
                 }
                 multiply(first, all);
@@ -491,7 +501,10 @@ inline CUtensorMap tensor_map(CUtensorMapDataType type, const void* base, int ra
     m = {};
     m.base = static_cast<unsigned char*>(const_cast<void*>(base));
     m.rank = rank;
-    m.item = type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 ? 2 : type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 4 : 0;
+    m.item = type == CU_TENSOR_MAP_DATA_TYPE_UINT8      ? 1
+             : type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 ? 2
+             : type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32  ? 4
+                                                        : 0;
     m.swizzle = swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
     if (!m.item) refuse("this type is not known here");
     if (!m.swizzle && swizzle != CU_TENSOR_MAP_SWIZZLE_NONE) refuse("this swizzle is not known here");
@@ -502,7 +515,8 @@ inline CUtensorMap tensor_map(CUtensorMapDataType type, const void* base, int ra
         m.strides[i] = i == 0 ? uint64_t(m.item) : i < rank ? strides[i - 1] : 0;
         if (m.dims[i] < 1 || m.dims[i] > uint64_t(1) << 32) refuse("a dim is not in 1 to 2^32");
         if (m.box[i] < 1 || m.box[i] > 256) refuse("a box is not in 1 to 256");
-        if (i && i < rank && (m.strides[i] % 16 || m.strides[i] >= uint64_t(1) << 40)) refuse("a stride is not a multiple of 16 below 2^40");
+        if (i && i < rank && (m.strides[i] % 16 || m.strides[i] >= uint64_t(1) << 40))
+            refuse("a stride is not a multiple of 16 below 2^40");
     }
     if (m.box[0] * uint32_t(m.item) % 16) refuse("a box's rows are not multiples of 16 bytes");
     if (m.swizzle && m.box[0] * uint32_t(m.item) > 128) refuse("a swizzled row is longer than 128 bytes");
@@ -564,11 +578,13 @@ inline void tma_load(void* to, const CUtensorMap* map, uint64_t* bar, int c0, in
     if (cpu::open(map).rank != 3) cpu::fail("three coordinates for a map of two dims");
     cpu::load(to, map, bar, c0, c1, c2, uint16_t(1 << cpu::here().rank));
 }
-inline void tma_load_multicast(void* to, const CUtensorMap* map, uint64_t* bar, int c0, int c1, uint16_t blocks, uint64_t = EVICT_NORMAL) {
+inline void tma_load_multicast(void* to, const CUtensorMap* map, uint64_t* bar, int c0, int c1, uint16_t blocks,
+                               uint64_t = EVICT_NORMAL) {
     cpu::load(to, map, bar, c0, c1, 0, blocks);
 }
 inline void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* bar, uint64_t = EVICT_NORMAL) {
-    if (bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16 || shared_address(to) % 16) cpu::fail("bulk_load: not multiples of 16");
+    if (bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16 || shared_address(to) % 16)
+        cpu::fail("bulk_load: not multiples of 16");
     cpu::Block* b = &cpu::here();
     auto land = [=] {
         if (b->alive == 0) throw std::runtime_error("a copy lands in a block that has ended");
@@ -594,14 +610,13 @@ inline void tma_store_wait() {
     for (auto& store : cpu::me().stores) store();
     cpu::me().stores.clear();
 }
-inline void tma_store_commit() {
-    cpu::me().uncommitted = false;
-}
+inline void tma_store_commit() { cpu::me().uncommitted = false; }
 inline void fence_async() {}
 
 namespace cpu {
 inline void copy_async(void* to, const void* from, bool valid, uint32_t bytes) {
-    if (reinterpret_cast<uintptr_t>(to) % bytes || (valid && reinterpret_cast<uintptr_t>(from) % bytes)) fail("cp_async: not aligned");
+    if (reinterpret_cast<uintptr_t>(to) % bytes || (valid && reinterpret_cast<uintptr_t>(from) % bytes))
+        fail("cp_async: not aligned");
     auto copy = [=] { valid ? std::memcpy(to, from, bytes) : std::memset(to, 0, bytes); };
     if (eager()) copy();
     else me().copies.push_back(copy);
@@ -699,7 +714,9 @@ inline void __syncwarp(unsigned mask = ~0u) { kn::cuda::cpu::sync_warp(mask); }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 template <class T> T __shfl_sync(unsigned mask, T v, int lane) { return kn::cuda::cpu::from_lane(v, lane, mask); }
-template <class T> T __shfl_xor_sync(unsigned mask, T v, int by) { return kn::cuda::cpu::from_lane(v, (kn::cuda::cpu::me().index & 31) ^ by, mask); }
+template <class T> T __shfl_xor_sync(unsigned mask, T v, int by) {
+    return kn::cuda::cpu::from_lane(v, (kn::cuda::cpu::me().index & 31) ^ by, mask);
+}
 template <class T> T __shfl_up_sync(unsigned mask, T v, int by) {
     const int lane = kn::cuda::cpu::me().index & 31;
     return kn::cuda::cpu::from_lane(v, lane >= by ? lane - by : lane, mask);
@@ -709,7 +726,8 @@ template <class T> T __shfl_down_sync(unsigned mask, T v, int by) {
     return kn::cuda::cpu::from_lane(v, lane + by < 32 ? lane + by : lane, mask);
 }
 inline unsigned __ballot_sync(unsigned mask, int p) {
-    return kn::cuda::cpu::over_lanes<int>(p != 0, mask, 0, [](int all, int one, int i) { return int(unsigned(all) | unsigned(one) << i); });
+    return kn::cuda::cpu::over_lanes<int>(p != 0, mask, 0,
+                                          [](int all, int one, int i) { return int(unsigned(all) | unsigned(one) << i); });
 }
 inline int __any_sync(unsigned mask, int p) { return __ballot_sync(mask, p) != 0; }
 inline int __all_sync(unsigned mask, int p) { return __ballot_sync(mask, p) == mask; }
@@ -717,9 +735,8 @@ inline int __reduce_add_sync(unsigned mask, int v) {
     return kn::cuda::cpu::over_lanes<int>(v, mask, 0, [](int all, int one, int) { return all + one; });
 }
 inline unsigned __match_any_sync(unsigned mask, int v) {
-    return unsigned(kn::cuda::cpu::over_lanes<int64_t>(v, mask, 0, [v](int64_t all, int64_t one, int i) {
-        return one == v ? all | int64_t(1) << i : all;
-    }));
+    return unsigned(kn::cuda::cpu::over_lanes<int64_t>(
+        v, mask, 0, [v](int64_t all, int64_t one, int i) { return one == v ? all | int64_t(1) << i : all; }));
 }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __clz(int v) { return v ? __builtin_clz(unsigned(v)) : 32; }
