@@ -139,26 +139,6 @@ def test_many_copies(name, case, most, per, monkeypatch, assume):
     judge(op, got, want if isinstance(want, tuple) else (want,), inputs | scalars)
 
 
-@pytest.mark.skipif(not INTERPRET, reason="bench cases take this path on a GPU")
-@pytest.mark.parametrize("family", ["sm90", "sm100"])
-@pytest.mark.parametrize("op_name, case", [("fp8_gemm", {"m": 260, "n": 264, "k": 144}),
-                                           ("fp8_linear", {"m": 260, "n": 264, "k": 144, "bias": "bf16"})])
-def test_a_program_walks_several_tiles(op_name, case, family, monkeypatch):
-    """Nine tiles of 128 rows, the last ones cut, on a chip of two units; operands by pointer (sm90) and by descriptor (sm100)."""
-    from kernomics.triton_kernels import gemm
-
-    two = dataclasses.replace(CHIPS[family], units=2)
-    monkeypatch.setattr(common, "ASSUMED", two)
-    grids, run = [], gemm.run
-    monkeypatch.setattr(gemm, "run", lambda kernel, grid, *args, **options: (
-        grids.append((grid, options.get("BM"), options.get("LOOP"))), run(kernel, grid, *args, **options)))
-    op = OPS[op_name]
-    inputs, scalars = numpy_ops.sample(op, Case(**case))
-    got = call(op, next(k for k in op.kernels if k.name == "triton"), copies(inputs), scalars)
-    assert ((2, 1), 128, True) in grids
-    judge(op, got, (op.define(**inputs, **scalars),), inputs | scalars)
-
-
 @pytest.mark.parametrize("few", [1024, 8], ids=["few", "many"])
 @pytest.mark.parametrize("layout", ["bf16", "u8"])
 def test_the_last_of_one_slot_wins(layout, few, monkeypatch, assume):
