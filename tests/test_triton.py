@@ -2,7 +2,8 @@
 
 The interpreter runs when TRITON_INTERPRET=1 is set before Triton is imported (``make test`` does, in a process of its
 own); it stands in for a chip with e4m3 (sm90), and in ``make test-long`` for one without that has few units (sm80: the
-tiles of large calls at small sizes) and for one whose products copy tiles by descriptor (sm100).
+tiles of large calls at small sizes), for one whose products copy tiles by descriptor (sm100), and for two whose tiles of
+attention differ again (sm120, gfx942).
 """
 
 import contextlib
@@ -31,8 +32,9 @@ pytestmark = pytest.mark.skipif(not INTERPRET and not torch.cuda.is_available(),
 if INTERPRET:
     interpreter.install()
 CHIPS = {"sm90": chip.FAMILIES["sm90"], "sm80": dataclasses.replace(chip.FAMILIES["sm80"], units=2),
-         "sm100": chip.FAMILIES["sm100"]}
-BY_DESCRIPTOR = ("fp8_gemm", "fp8_linear", "fp8_grouped_gemm", "moe_experts", "mla_prefill")
+         **{name: chip.FAMILIES[name] for name in ("sm100", "sm120", "gfx942")}}
+ONLY = {"sm100": ("fp8_gemm", "fp8_linear", "fp8_grouped_gemm", "moe_experts", "mla_prefill"),
+        "sm120": ("mla_decode", "mla_decode_sparse"), "gfx942": ("mla_decode", "mla_decode_sparse")}
 LIMIT = 3e7 if INTERPRET else LONG_FLOPS  # FLOPs of a case; the interpreter takes seconds for more
 
 
@@ -48,9 +50,9 @@ def cases():
             work = op.work(**case)
             if work.flops <= LIMIT and work.bytes <= (2e6 if INTERPRET else LONG_BYTES):
                 for family in CHIPS if INTERPRET else ("here",):
-                    if family != "sm100" or op.name in BY_DESCRIPTOR:
+                    if op.name in ONLY.get(family, (op.name,)):
                         yield pytest.param(op, kernel, case, family, id=f"{op.name}-{kernel.name}-{case.id}-{family}",
-                                           marks=[pytest.mark.long] if family in ("sm80", "sm100") else [])
+                                           marks=[] if family in ("sm90", "here") else [pytest.mark.long])
 
 
 @pytest.fixture
@@ -137,6 +139,25 @@ def test_many_copies(name, case, most, per, monkeypatch, assume):
     want = op.define(**inputs, **scalars)
     got = call(op, next(k for k in op.kernels if k.name == "triton"), copies(inputs), scalars)
     judge(op, got, want if isinstance(want, tuple) else (want,), inputs | scalars)
+
+
+@pytest.mark.skipif(not INTERPRET, reason="bench cases take this path on a GPU")
+@pytest.mark.parametrize("family", ["sm90", "sm100"])
+@pytest.mark.parametrize("op_name, case", [("fp8_gemm", {"m": 260, "n": 264, "k": 144}),
+                                           ("fp8_linear", {"m": 260, "n": 264, "k": 144, "bias": "bf16"})])
+def test_a_program_walks_several_tiles(op_name, case, family, monkeypatch):
+    """Nine tiles of 128 rows, the last ones cut, on a chip of two units; operands by pointer (sm90) and by descriptor (sm100)."""
+    from kernomics.triton_kernels import gemm
+
+    monkeypatch.setattr(common, "ASSUMED", dataclasses.replace(CHIPS[family], units=2))
+    grids, run = [], gemm.run
+    monkeypatch.setattr(gemm, "run", lambda kernel, grid, *args, **options: (
+        grids.append((grid, options.get("BM"), options.get("LOOP"))), run(kernel, grid, *args, **options)))
+    op = OPS[op_name]
+    inputs, scalars = numpy_ops.sample(op, Case(**case))
+    got = call(op, next(k for k in op.kernels if k.name == "triton"), copies(inputs), scalars)
+    assert ((2, 1), 128, True) in grids
+    judge(op, got, (op.define(**inputs, **scalars),), inputs | scalars)
 
 
 @pytest.mark.parametrize("few", [1024, 8], ids=["few", "many"])

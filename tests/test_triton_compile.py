@@ -51,6 +51,17 @@ def test_compiles(op, kernel, family):
     assert [aot.line(row) for row in found] == aot.committed(op.name, family), "make triton-table, and look at the difference"
 
 
+@pytest.mark.parametrize("page", [7, 16])
+@pytest.mark.parametrize("cache", ["bf16", "u8"])
+def test_tiles_of_several_queries_compile_for_any_page(cache, page):
+    """Rows of a tile that see different keys take a loop of their own over smaller blocks."""
+    op = OPS["mla_decode"]
+    case = Case(b=2, q=2, h=48, s=128, page=page, p=64, n=-(-128 // page), softmax_scale=0.1, kv_cache=cache)
+    kernel = next(k for k in op.kernels if k.name == "triton")
+    for launch in warmup.distinct(op, kernel, [case], chip.FAMILIES["sm90"]).values():
+        assert aot.report(warmup.compiled(launch, chip.FAMILIES["sm90"]))["shared"] <= chip.FAMILIES["sm90"].shared
+
+
 def all_cases(op):
     return [*op.cases, *gpu.CASES.get(op.name, ())]
 

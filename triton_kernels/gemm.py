@@ -126,20 +126,33 @@ def put(out, acc, bias, row, row_ok, col, n, SWAP: tl.constexpr):
 
 
 @triton.jit
-def dense_kernel(a, a_scale, b, b_scale, bias, out, m, n, k, per_part, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                 UNROLL: tl.constexpr, GROUP: tl.constexpr, SWAP: tl.constexpr, A_FP8: tl.constexpr, B_FP8: tl.constexpr,
-                 NATIVE: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr):
-    """``out = a @ b.T + bias``, one tile a program; where parts of ``per_part`` steps of k do not make one, ``out[part]`` is
-    the sum over that part, in f32."""
-    m_tiles, n_tiles = tl.cdiv(m, BM), tl.cdiv(n, BN)
-    item, part = tl.program_id(0), tl.program_id(1)
-    i, j = place(item, m_tiles, n_tiles, GROUP)
+def dense_item(item, a, a_scale, b, b_scale, bias, out, m, n, k, per_part, BM: tl.constexpr, BN: tl.constexpr,
+               BK: tl.constexpr, UNROLL: tl.constexpr, GROUP: tl.constexpr, SWAP: tl.constexpr, A_FP8: tl.constexpr,
+               B_FP8: tl.constexpr, NATIVE: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr):
+    """One tile of ``dense_kernel``."""
+    i, j = place(item, tl.cdiv(m, BM), tl.cdiv(n, BN), GROUP)
+    part = tl.program_id(1)
     first = part * per_part
     last = tl.minimum(first + per_part, tl.cdiv(k, BK))
     acc = product(a, a_scale, b, b_scale, i * BM, m, None, j * BN, n, j * BN // 128, k, first, last, BM, BN, BK, UNROLL,
                   SWAP, A_FP8, B_FP8, NATIVE, EVEN, TMA, TMA)
     row, col = i * BM + tl.arange(0, BM), j * BN + tl.arange(0, BN)
     put(out + part.to(tl.int64) * m * n, acc, bias, row, row < m, col, n, SWAP)
+
+
+@triton.jit
+def dense_kernel(a, a_scale, b, b_scale, bias, out, m, n, k, per_part, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                 UNROLL: tl.constexpr, GROUP: tl.constexpr, SWAP: tl.constexpr, A_FP8: tl.constexpr, B_FP8: tl.constexpr,
+                 NATIVE: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr, LOOP: tl.constexpr):
+    """``out = a @ b.T + bias``, one tile a program, or with LOOP each num_programs-th; where parts of ``per_part`` steps of k do
+    not make one, ``out[part]`` is the sum over that part, in f32."""
+    if LOOP:
+        for item in tl.range(tl.program_id(0), tl.cdiv(m, BM) * tl.cdiv(n, BN), tl.num_programs(0)):
+            dense_item(item, a, a_scale, b, b_scale, bias, out, m, n, k, per_part, BM, BN, BK, UNROLL, GROUP, SWAP, A_FP8, B_FP8,
+                       NATIVE, EVEN, TMA)
+    else:
+        dense_item(tl.program_id(0), a, a_scale, b, b_scale, bias, out, m, n, k, per_part, BM, BN, BK, UNROLL, GROUP, SWAP, A_FP8,
+                   B_FP8, NATIVE, EVEN, TMA)
 
 
 @triton.jit
@@ -174,8 +187,8 @@ def grouped_kernel(a, a_scale, b, b_scale, offsets, rows, out, t, a_rows, e, n, 
     pid, programs = tl.program_id(0), tl.num_programs(0)
     ids, start, stop, wrong = groups_of(offsets, e, t, E)
     tiles = tl.where((ids < e) & (not wrong), tl.cdiv(stop - start, BM), 0)
-    ends = tl.cumsum(tiles, axis=0)  # a group's last tile + 1
     n_tiles, steps = tl.cdiv(n, BN), tl.where(a_rows > 0, tl.cdiv(k, BK), 0)
+    ends = tl.cumsum(tiles, axis=0) * n_tiles  # a group's last tile + 1
 
     # Rows that no group has.
     fill = tl.where(wrong, float("nan"), 0.0).to(out.dtype.element_ty)
@@ -185,11 +198,11 @@ def grouped_kernel(a, a_scale, b, b_scale, offsets, rows, out, t, a_rows, e, n, 
         row = (free + item // tl.cdiv(n, 1024)).to(tl.int64)
         tl.store(out + row * n + col, tl.broadcast_to(fill, (1024,)), mask=col < n)
 
-    for item in tl.range(pid, tl.sum(tiles, axis=0) * n_tiles, programs):
-        group = tl.sum((ends * n_tiles <= item).to(tl.int32), axis=0)
-        before = tl.sum(tl.where(ids < group, tiles, 0), axis=0)
+    for item in tl.range(pid, tl.sum(tiles, axis=0) * n_tiles, programs, disable_licm=True):  # else it spills
+        group = tl.sum((ends <= item).to(tl.int32), axis=0)
+        before = tl.sum(tl.where(ends <= item, tiles, 0), axis=0) * n_tiles
         first, last = tl.load(offsets + group), tl.load(offsets + group + 1)
-        i, j = place(item - before * n_tiles, tl.cdiv(last - first, BM), n_tiles, GROUP)
+        i, j = place(item - before, tl.cdiv(last - first, BM), n_tiles, GROUP)
         row, col = first + i * BM + tl.arange(0, BM), j * BN + tl.arange(0, BN)
         a_row = None
         if rows is not None:
@@ -342,7 +355,12 @@ def dense(a, a_scale, b, b_scale, bias, out, workspace):
     a, b, kind = kinds(a, b, chip)
     parts, per_part = options.pop("PARTS"), options.pop("per_part")
     partial = workspace[:4 * parts * m * n].view(torch.float32) if parts > 1 else out
-    grid = (triton.cdiv(m, options["BM"]) * triton.cdiv(n, options["BN"]), parts)
+    tiles = triton.cdiv(m, options["BM"]) * triton.cdiv(n, options["BN"])
+    # Where one program fills a multiprocessor, the next tile's first copies leave while the last one's results are written;
+    # those in f32 would spill.
+    options["LOOP"] = (options["BM"] == 128 and parts == 1 and out.element_size() == 2
+                       and chip.family in ("sm90", "sm100", "sm103"))
+    grid = (min(tiles, chip.units) if options["LOOP"] else tiles, parts)
     a, b, options["TMA"] = tiled(a, b, None, options, chip)
     run(dense_kernel, grid, a, a_scale, b, b_scale, None if parts > 1 else bias, partial, m, n, k, per_part,
         EVEN=k % options["BK"] == 0, **kind, **options)

@@ -7,7 +7,8 @@ enter the products as bf16, which holds them exactly; their f32 scales multiply 
 A schedule lays the blocks of all items on a line, GAP blocks between items for what each costs beyond its keys, and
 cuts the line into ``parts`` of equal length. A program takes one part for one tile of rows: it looks its items up from
 the lengths, gives out the items that lie within the part, and leaves of others out, maximum and total in the
-workspace, at most two of them, for ``merge_kernel``. ``span[i]``: first and last part of item i.
+workspace, at most two of them, for ``merge_kernel``. ``span[i]``: the programs of the first and the last part of item i
+that have its first tile of rows.
 
 Weights are rounded to bf16 for the product with the values. SWAP: keys take the rows of the products, for few rows on
 chips whose instructions have 64 or more; the free half of the columns takes what the rounding leaves. EARLY: conditions
@@ -94,10 +95,11 @@ def there(slot, n, stop, BN: tl.constexpr):
 
 @triton.jit
 def row_starts(x, slot, stride: tl.constexpr, BN: tl.constexpr):
-    """Pointers to the keys of ``lookup``. From one slot on they take one register and constant offsets."""
+    """Pointers to the keys of ``lookup``. From one slot on they take one register and constant offsets, in 64 bits as the
+    compiler must see that nothing wraps."""
     slot = slot.to(tl.int64)
     if len(slot.shape) == 0:
-        return x + slot * stride + tl.arange(0, BN) * stride
+        return x + slot * stride + tl.arange(0, BN).to(tl.int64) * stride
     else:
         return x + slot * stride
 
@@ -222,8 +224,10 @@ def hold(x, HOLD: tl.constexpr):
 @triton.jit
 def add(acc, p, fade, v, scale, slot, ok, go, C: tl.constexpr, FP8: tl.constexpr, SWAP: tl.constexpr,
         EARLY: tl.constexpr, HOLD: tl.constexpr):
-    """``acc * fade + p @ v``, v times its scales. ``go`` is true. The scales are read anew: that takes less registers."""
+    """``acc * fade + p @ v``, v times its scales. ``go`` is true, which the compiler does not know. The scales are read anew:
+    that takes less registers."""
     out = ()
+    slot = tl.where(go, slot, slot + 1)  # `slot`: it would keep the pointers of `load_scales` in registers
     for c in tl.static_range(C):
         w = p
         if FP8:
@@ -297,7 +301,7 @@ def finish(acc, top, total, sink, out, lse, item, tile, row, inside, n_q, h, spr
     if sink is not None:
         weight *= sink_weight(x_lse, sink, row % h, inside)
     for c in tl.static_range(C):
-        x = out + (item * n_q * h + tile * row.shape[0]) * 512 + (tl.arange(0, row.shape[0]) * 512)[:, None]
+        x = out + ((item * n_q * h + row) * 512)[:, None]
         x += (c * W + tl.arange(0, W))[None, :]
         tl.store(x, (acc[c] * weight[:, None]).to(tl.bfloat16), mask=inside[:, None])
 
@@ -329,9 +333,10 @@ def kernel(q, latent, rope, scale, places, lens, sink, out, lse, part_out, part_
     most = uniform if SPARSE else width * PAGE
     begin, end, first, last, start = schedule(lens, b, uniform, most, parts, part, BN, GAP, LEAST)
     for i in tl.range(first, last, disable_licm=True):
-        item = tl.full((), 0, tl.int64) + i
-        # Adds 0, which the compiler does not know: it would keep what follows in registers from item to item.
-        row = tl.where(i < b, tile, tile + 1) * BM + tl.arange(0, BM)
+        item = tl.where(i < b, i, 0).to(tl.int64)  # i, which the compiler would count in 64 bits
+        # `tile`, which the compiler does not know: it would keep what follows in registers from item to item.
+        here = tl.where(i < b, tile, tile + 1)
+        row = here * BM + tl.arange(0, BM)
         inside = row < count
         length = uniform
         wrong = 0
@@ -345,13 +350,13 @@ def kernel(q, latent, rope, scale, places, lens, sink, out, lse, part_out, part_
         # Keys [from_ * BN, stop), of which every row of the tile sees those before `whole`.
         stop = tl.minimum(to * BN, length)
         if CAUSAL:
-            stop = tl.minimum(stop, length - n_q + tl.minimum(tile * BM + BM - 1, count - 1) // h + 1)
+            stop = tl.minimum(stop, length - n_q + tl.minimum(here * BM + BM - 1, count - 1) // h + 1)
         whole = stop
         if MIXED:
             limit = length - n_q + row // h + 1
-            whole = tl.maximum(tl.minimum(stop, length - n_q + (tile * BM) // h + 1) // BN, from_) * BN
+            whole = tl.maximum(tl.minimum(stop, length - n_q + here * BM // h + 1) // BN, from_) * BN
 
-        q_at = (q + (item * count + tile * BM) * 576 + tl.arange(0, BM) * 576)[:, None]
+        q_at = (q + (item * count + row) * 576)[:, None]
         q_latent = ()
         for c in tl.static_range(C):
             x = tl.load(q_at + (c * W + tl.arange(0, W))[None, :], mask=inside[:, None], other=0.0)
@@ -382,19 +387,19 @@ def kernel(q, latent, rope, scale, places, lens, sink, out, lse, part_out, part_
         if MIXED:  # in small blocks, as they pass through registers
             BT: tl.constexpr = 16 if BM >= 64 else BN
             for n in tl.range(whole, stop, BT, num_stages=1, disable_licm=True):
-                slot, next_bad = lookup(places, item, n, stop, width, pages, PAGE, BT, SPARSE)
-                ok = there(slot, n, stop, BT)
+                few, next_bad = lookup(places, item, n, stop, width, pages, PAGE, BT, SPARSE)
+                has = there(few, n, stop, BT)
                 wrong = tl.maximum(wrong, tl.max(next_bad, axis=0) if PAGE % BT != 0 else next_bad)
-                k = load_latent(latent, slot, ok, C, W, FP8, NATIVE, ASM)
-                k_rope = load_rope(rope, slot, ok, FP8, SWAP)
-                k_scale = load_scales(scale, slot, ok, C, FP8)
+                k = load_latent(latent, few, has, C, W, FP8, NATIVE, ASM)
+                k_rope = load_rope(rope, few, has, FP8, SWAP)
+                k_scale = load_scales(scale, few, has, C, FP8)
                 s = scores(q_latent, q_rope, k, k_rope, k_scale, factor, C, FP8, SWAP)
                 seen = by_row(n + tl.arange(0, BT), not SWAP) < by_row(limit, SWAP)
                 p, fade, top, total = weigh(tl.where(seen, s, float("-inf")), top, total, SWAP)
                 v = ()  # 0 * NaN of a key that a row does not see; those that see it have NaN in s
                 for c in tl.static_range(C):
                     v = v + (tl.where(k[c] == k[c], k[c], 0.0),)
-                acc = add(acc, p, fade, v, scale, slot, ok, n <= stop, C, FP8, SWAP, EARLY, HOLD)
+                acc = add(acc, p, fade, v, scale, few, has, n <= stop, C, FP8, SWAP, EARLY, HOLD)
         if SWAP:
             summed = ()
             for c in tl.static_range(C):
@@ -412,18 +417,18 @@ def kernel(q, latent, rope, scale, places, lens, sink, out, lse, part_out, part_
             if (from_ == 0) & (to == n_blocks):
                 finish(acc, top, total, sink, out, lse, item, tile, row, inside, n_q, h, spread, C, W)
             else:
-                place = (tl.where(from_ == 0, 2 * part + 1, 2 * part) * tiles + tile).to(tl.int64) * BM
+                place = (2 * tl.program_id(0) + (from_ == 0).to(tl.int32)).to(tl.int64) * BM
                 leave(acc, top, total, part_out + place * 512, part_stat + place * 2, C, W)
             if tile == 0:
                 if from_ == 0:
-                    tl.store(span + 2 * item, part)
+                    tl.store(span + 2 * item, tl.program_id(0))
                 if to == n_blocks:
-                    tl.store(span + 2 * item + 1, part)
+                    tl.store(span + 2 * item + 1, tl.program_id(0))
 
 
-@triton.jit(do_not_specialize=["n_q", "h", "spread", "padded", "each"])
-def merge_kernel(part_out, part_stat, span, sink, out, lse, n_q, h, spread, padded, each, PARTS: tl.constexpr):
-    """Rows ``each * j`` on of an item from its parts, PARTS at a time. ``padded``: rows of a part."""
+@triton.jit(do_not_specialize=["n_q", "h", "spread", "tiles", "each"])
+def merge_kernel(part_out, part_stat, span, sink, out, lse, n_q, h, spread, tiles, each, BM: tl.constexpr, PARTS: tl.constexpr):
+    """Rows ``each * j`` on of an item from its parts, PARTS at a time."""
     count = n_q * h
     groups = tl.cdiv(count, each)
     item, group = (tl.program_id(0) // groups).to(tl.int64), tl.program_id(0) % groups
@@ -434,10 +439,10 @@ def merge_kernel(part_out, part_stat, span, sink, out, lse, n_q, h, spread, padd
     for row in range(group * each, tl.minimum(group * each + each, count)):
         acc = tl.zeros((512,), tl.float32)
         top, total = float("-inf"), 0.0
-        for at in range(first, last + 1, PARTS):
-            i = at + tl.arange(0, PARTS)
+        for at in range(first, last + 1, PARTS * tiles):
+            i = at + tl.arange(0, PARTS) * tiles
             ok = i <= last
-            place = (2 * i + (i == first).to(tl.int32)).to(tl.int64) * padded + row
+            place = (2 * i + (i == first).to(tl.int32)).to(tl.int64) * BM + row // BM * BM + row
             x_top = tl.load(part_stat + place * 2, mask=ok, other=float("-inf"))
             x_total = tl.load(part_stat + place * 2 + 1, mask=ok, other=0.0)
             x = tl.load(part_out + place[:, None] * 512 + col[None, :], mask=ok[:, None], other=0.0)
@@ -457,9 +462,9 @@ def merge_kernel(part_out, part_stat, span, sink, out, lse, n_q, h, spread, padd
 # ---------------------------------------------------------------- launch
 
 
-def tile(rows, fp8, scattered, chip):
+def tile(rows, fp8, scattered, alike, chip):
     """Rows, keys, operands of the latent, warps, stages, SWAP, EARLY, and programs of the chip at a time. Unmeasured.
-    ``scattered``: the keys of a block do not lie in a row.
+    ``scattered``: the keys of a block do not lie in a row; ``alike``: the rows of a tile of 32 see the same keys.
 
     The sums take rows x 512 f32 registers: 32768 for 64 rows, 128 a thread of 8 warps. sm90, per 64 keys and clock counts
     of its tensor cores (4096 FLOP) and shared memory (128 bytes): 64 rows 1725 for the scores, whose operands both lie in
@@ -467,6 +472,14 @@ def tile(rows, fp8, scattered, chip):
     op's own FLOPs; up to 32 rows wgmma takes keys for rows (SWAP), and its 1400 are less than the 4140 in which an SM's
     share of memory brings 64 keys of bf16, or 2360 of the 656-byte tokens, whose widening takes 1000 more. Tiles of 64
     rows read 73728 bytes a block through L2, 50 a clock and SM at the peak; smaller ones more for the same work.
+
+    So 33 to 63 rows cost what 64 do and wait for memory all the same in bf16: 3455 clocks against 4140. With 656-byte tokens
+    they cost 4455 against 2360, but wgmma has no fewer rows, and three swapped tiles of 16 cost 7200. Rows just over a multiple
+    of 64 (all queries of a sequence count together) pay for one more tile: 80 cost 6910, in five swapped tiles of 16 7000.
+
+    Elsewhere 16 rows read 1152 bytes a key for 30 FLOPs a byte: at full speed 68 bytes a clock and unit on an MI300X, whose L2
+    gives 54, or about 36 on an RTX PRO 6000, whose memory gives 4. Tiles of 32 rows read half, with fewer instructions in sum;
+    they are for rows that are ``alike``, as the others' last keys take registers that they do not leave.
     """
     c = 4 if fp8 else 1
     if chip.family in ("sm90", "sm100", "sm103"):
@@ -480,9 +493,13 @@ def tile(rows, fp8, scattered, chip):
         return 32, 32, c, 8, 3, False, False, chip.units
     if chip.family == "sm80":
         return 16, 64, c, 8, 2, False, True, chip.units
+    if chip.amd and rows > 16 and alike:
+        return 32, 16, 4 if fp8 else 2 if scattered else 1, 4, 1 if fp8 or scattered else 2, False, fp8, chip.units
     if chip.amd:
         warps = 8 if scattered and not fp8 else 4  # 4 would spill scalar registers
         return 16, 16 if scattered else 32, c, warps, 1 if fp8 or scattered else 2, False, False, chip.units
+    if rows > 16 and alike:
+        return 32, 64 if fp8 else 32, 4 if fp8 else 2, 8, 2, False, fp8, chip.units
     return 16, 64 if fp8 else 32, c, 8, 2 if fp8 else 3, False, True, chip.units
 
 
@@ -533,4 +550,4 @@ def launch(q, kv_cache, places, lens, sink, out, lse, workspace, factor, causal,
     if n > 1:
         each = max(1, items * rows // (chip.units * 8))
         run(merge_kernel, (items * triton.cdiv(rows, each),), part_out, part_stat, span, sink, out, lse, queries, h, spread,
-            tiles * bm, each, PARTS=8, num_warps=4)
+            tiles, each, BM=bm, PARTS=8, num_warps=4)

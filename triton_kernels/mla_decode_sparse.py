@@ -7,7 +7,7 @@ from kernomics.triton_kernels.common import chip_of
 
 def tile(dims, chip):
     """See ``mla.tile``."""
-    return mla.tile(dims["h"], dims["fp8"], True, chip)
+    return mla.tile(dims["h"], dims["fp8"], True, True, chip)
 
 
 def workspace(dims, chip):
