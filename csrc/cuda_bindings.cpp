@@ -49,21 +49,14 @@ NB_MODULE(_cuda, m) {
         const cuda::TilePlace at = cuda::place(index, tiles_m, tiles_n, band);
         return std::vector<int>{at.m, at.n};
     });
-    m.def("decode_parts", [](std::vector<int64_t> lens, int keys,
-                             int parts) {  // of each sequence: (part, first, end, slot or -1) of its pieces
-        std::vector<int> starts{0};
-        for (int64_t n : lens) starts.push_back(starts.back() + cuda::decode_blocks(n, keys) + cuda::DECODE_FIXED);
-        const int stretch = cuda::decode_stretch(starts.back(), parts);
-        std::vector<std::vector<std::vector<int>>> all;
-        for (size_t i = 0; i < lens.size(); ++i) {
-            const int blocks = cuda::decode_blocks(lens[i], keys), last = cuda::decode_last_part(stretch, starts[i], blocks);
+    m.def("decode_segments", [](std::vector<int> lens, int groups, int64_t most, int parts) {
+        const cuda::MlaLine line{lens.data(), int(lens.size()), groups, most};
+        std::vector<std::vector<std::vector<int64_t>>> all;
+        for (cuda::MlaWalk& walk : cuda::mla_ways(line, parts)) {
+            const int part = int(all.size());
             all.emplace_back();
-            for (int part = 0; part < parts; ++part) {
-                const cuda::Piece piece = cuda::decode_piece(part, stretch, starts[i], blocks);
-                const bool whole = cuda::decode_first_part(stretch, starts[i]) == last;
-                if (piece.first < piece.end)
-                    all.back().push_back({part, piece.first, piece.end, whole ? -1 : cuda::decode_slot(part, part < last)});
-            }
+            for (cuda::MlaSegment s; walk.next(line, s);)
+                all.back().push_back({s.seq, s.group, s.first, s.last, s.whole(), cuda::mla_slot(part, s.begins)});
         }
         return all;
     });
@@ -108,7 +101,7 @@ NB_MODULE(_cuda, m) {
            [](T q, T cache, T table, T lens, T sink, T out, T lse, T ws, double scale, bool causal, uintptr_t stream) {
                cuda::mla_decode_sm90({q, cache, table, lens, sink, out, lse, ws, float(scale), causal, 0}, at(stream));
            });
-    m.def("mla_decode_sm90_workspace", cuda::decode_workspace, "Bytes for b sequences of `rows` query rows each on a chip.");
+    m.def("mla_decode_sm90_workspace", cuda::mla_workspace, "Bytes for b sequences of `rows` query rows each on a chip.");
     KERNEL(fp8_quantize, [](T x, T codes, T scale, T, int b0, int b1, int pow2, double floor, uintptr_t stream) {
         cuda::fp8_quantize({x, codes, scale, b0, b1, pow2 == 1, float(floor), 0}, at(stream));
     });

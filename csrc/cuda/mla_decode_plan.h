@@ -1,51 +1,88 @@
-// How mla_decode shares its work on Hopper: host and device call these; tests too.
+// The schedule of mla_decode on Hopper: which part of the chip reads which keys. Host and device call these; tests too.
 //
-// Every sequence costs its blocks of keys and DECODE_FIXED more for its queries and its end. The costs of all sequences stand in
-// a row; each part takes an equal stretch of it, so that one sequence may lie in many parts and many sequences in one.
+// Keys come in tiles of 64. An item is a sequence and a group of its query rows; the tiles of all items lie on a line, each item
+// followed by a gap for what it costs beyond its keys. The line is cut into parts of equal length; a part goes through the items
+// that it touches.
 #pragma once
 #include <cstdint>
+#ifdef KN_ON_CPU
+#include <vector>
+#endif
 
 #include "descriptor.h"
 
 namespace kn::cuda {
 
-static constexpr int DECODE_ROWS = 64, DECODE_FIXED = 5;
+static constexpr int MLA_KEYS = 64, MLA_ROWS = 64;  // keys of a tile, query rows of a block
+static constexpr int MLA_GAP = 2;                   // first loads that nothing hides, and results
 
-// Keys of a block: four scaled copies of the weights leave room for fewer of an FP8 cache.
-__host__ __device__ constexpr int decode_keys(bool fp8) { return fp8 ? 48 : 64; }
-__host__ __device__ constexpr int decode_blocks(int64_t seq_len, int keys) {
-    return seq_len <= 0 ? 0 : int((seq_len + keys - 1) / keys);
-}
-__host__ __device__ constexpr int decode_row_tiles(int64_t rows) { return int((rows + DECODE_ROWS - 1) / DECODE_ROWS); }
-// Parts of each row tile: together they fill the chip.
-__host__ __device__ constexpr int decode_parts(int units, int row_tiles) {
-    return row_tiles > 0 && units > row_tiles ? units / row_tiles : 1;
-}
-__host__ __device__ constexpr int decode_stretch(int total, int parts) { return total > parts ? (total + parts - 1) / parts : 1; }
+struct MlaLine {
+    const int* lens;
+    int b, groups;  // sequences, groups of query rows of each
+    int64_t most;   // keys that a row of the block table has room for
 
-// The blocks [first, end) that `part` does of a sequence of `blocks` whose cost starts at `start`.
-struct Piece {
-    int first, end;
+    // The host has checked the lengths, or nobody: they are cut to what the table holds.
+    __host__ __device__ int length(int seq) const {
+        const int64_t room = most < (int64_t(1) << 31) - 64 ? most : (int64_t(1) << 31) - 64;
+        return lens[seq] < 0 ? 0 : lens[seq] < room ? lens[seq] : int(room);
+    }
+    __host__ __device__ int tiles(int seq) const {  // at least one, whose part gives the results of a sequence without keys
+        const int n = length(seq);
+        return n > MLA_KEYS ? (n - 1) / MLA_KEYS + 1 : 1;
+    }
 };
-__host__ __device__ constexpr Piece decode_piece(int part, int stretch, int start, int blocks) {
-    const int64_t low = int64_t(part) * stretch - start - DECODE_FIXED, high = low + stretch;
-    return {int(low < 0 ? 0 : low < blocks ? low : blocks), int(high < 0 ? 0 : high < blocks ? high : blocks)};
-}
-// The parts that do a sequence's blocks: the first and the last.
-__host__ __device__ constexpr int decode_first_part(int stretch, int start) { return (start + DECODE_FIXED) / stretch; }
-__host__ __device__ constexpr int decode_last_part(int stretch, int start, int blocks) {
-    return (start + DECODE_FIXED + (blocks ? blocks - 1 : 0)) / stretch;
-}
-// Where a part keeps its piece of a sequence that others share: at most one that goes on in the next part, and one that ends
-// here.
-__host__ __device__ constexpr int decode_slot(int part, bool goes_on) { return 2 * part + int(goes_on); }
 
-// The workspace: starts of costs [b + 1] and first sequences of parts [parts], then for each row tile and slot its sums [64, 512]
-// and logarithms [64].
-__host__ __device__ constexpr int64_t decode_ints(int64_t b, int parts) { return (b + 1 + parts + 3) / 4 * 4; }
-__host__ __device__ constexpr int64_t decode_workspace(int64_t b, int64_t rows, int units) {
-    const int tiles = decode_row_tiles(rows), parts = decode_parts(units, tiles);
-    return 4 * (decode_ints(b, parts) + int64_t(tiles) * 2 * parts * DECODE_ROWS * (512 + 1));
+// Length of a part, for a line of `sum` whose longest item is `longest`: up to 4 % more than even where that cuts no item.
+__host__ __device__ constexpr int64_t mla_part(int64_t sum, int64_t longest, int parts) {
+    const int64_t even = (sum + parts - 1) / parts, whole = longest ? (even + longest - 1) / longest * longest : even;
+    return whole * 25 <= even * 26 ? whole : even;
 }
+
+// Tiles [first, last) of an item.
+struct MlaSegment {
+    int seq, group, length, first, last;
+    bool begins, ends;  // with the item
+    int64_t over;       // where the item's tiles end on the line
+
+    __host__ __device__ bool whole() const { return begins && ends; }
+};
+
+// A part's way along the line.
+struct MlaWalk {
+    int64_t at, begin, end;  // where the item starts on the line, and the part
+    int seq, group, tiles;   // the item
+
+    __host__ __device__ bool next(const MlaLine& line, MlaSegment& s) {
+        while (seq < line.b && at < end) {
+            const int64_t lo = begin > at ? begin - at : 0, hi = end - at < tiles ? end - at : tiles;
+            s = {seq, group, line.length(seq), int(lo < tiles ? lo : tiles), int(hi), lo == 0, hi == tiles, at + tiles};
+            at += tiles + MLA_GAP;
+            if (++group == line.groups) {
+                group = 0;
+                if (++seq < line.b) tiles = line.tiles(seq);
+            }
+            if (lo < hi) return true;
+        }
+        return false;
+    }
+};
+
+// The place in the workspace for what a part knows of an item that others share: of one begun before it, of one that it leaves
+// unended.
+__host__ __device__ constexpr int64_t mla_slot(int part, bool begins) { return int64_t(part) * 2 + begins; }
+
+// Blocks of 64 query rows that keep `units` multiprocessors busy, none without keys of its own.
+__host__ __device__ constexpr int64_t mla_blocks(int64_t units, int64_t b, int64_t rows, int64_t most) {
+    const int64_t tiles = most > MLA_KEYS ? (most - 1) / MLA_KEYS + 1 : 1, all = b * ((rows + MLA_ROWS - 1) / MLA_ROWS) * tiles;
+    return units < all ? units : all;
+}
+// The workspace: for each of `units` blocks two slots of an output, a maximum and a sum a row, and a record of 16 bytes.
+__host__ __device__ constexpr int64_t mla_workspace(int64_t b, int64_t rows, int units) {
+    return b == 0 ? 0 : units * (2 * (rows < MLA_ROWS ? rows : MLA_ROWS) * 514 * 4 + 16);
+}
+
+#ifdef KN_ON_CPU
+std::vector<MlaWalk> mla_ways(const MlaLine&, int parts);  // where the parts of a line start, as the kernel finds it
+#endif
 
 }  // namespace kn::cuda

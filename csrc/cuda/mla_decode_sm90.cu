@@ -1,448 +1,748 @@
 // mla_decode on Hopper; unproved: it has run in the emulator alone.
 //
-// A block holds 64 query rows (tokens by heads of one sequence, packed) and walks blocks of 64 keys: 64 x 576 of K, whose first
-// 512 columns are V, read once. Per block of keys 4.7 MFLOP of Q K and 4.2 of P V against 74 KB (42 of an FP8 cache): 2100 cycles
-// of tensor cores, 3600 of memory, so that up to 64 rows (a rank's 8 or 16 heads too) wait for memory, 128 heads for tensor
-// cores. One warpgroup copies tokens, whatever the page size, into a ring of two tiles (or converts an FP8 cache); of the other
-// two each multiplies half of the keys and then half of the 512 columns, 128 registers a thread. The product of the next keys
-// runs under the softmax of these. Three launches: shares of the work (mla_decode_plan.h), this, and the merge of sequences that
-// lie in several parts.
+// A block holds 64 query rows (tokens by heads of one sequence, packed) and walks tiles of 64 keys, each read once: 64 x 576,
+// whose first 512 columns are the values. Of a tile 4.7 MFLOP of Q K and 4.2 of P V, 2200 cycles of the tensor cores, against 74
+// KB (42 of an FP8 cache): 3500 cycles of memory where all multiprocessors load (2000). Up to 64 rows, a rank's 8 or 16 heads
+// too, wait for memory and pay nothing for the padding; 128 heads wait for tensor cores, and two blocks of a cluster copy each
+// half of a tile for both: 17 bytes a cycle from L2 instead of 34, of which it has about 32.
+//
+// Four warpgroups, which meet at barriers alone: copies; scores and weights; two for 256 columns of the output each, 128
+// registers a thread. Scores of the next tile and their softmax run under the values of this one. Shared memory: queries 72 KB, a
+// ring of two tiles 144 KB, given back in thirds (each output's values, the rotated part); weights take the place of the rotated
+// part. 37 KB and more are on their way to a multiprocessor at any time: 1 us of its share of the bandwidth. Keys that are pages'
+// whole tiles come by tensor map; others by 16-byte copies of each thread. FP8: codes become bf16, exactly; the scales multiply
+// the scores, four products a tile, and the weights, in registers.
+//
+// Parts of the work: mla_decode_plan.h. Each block finds its part; a second launch joins what parts share.
 #include "kernels.h"
 #include "mla_decode_plan.h"
 #include "ptx.cuh"
 
 namespace kn::cuda {
 
-struct DecodeArgs {
-    const uint16_t* q;
-    const uint8_t* cache;
-    const int *table, *lens;
+static constexpr int PANEL = 64 * 128;      // bytes of 64 rows of 64 bf16
+static constexpr int TILE = 9 * PANEL;      // 64 rows of 576
+static constexpr float MINUS_INF = -__builtin_inff(), LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+static constexpr int THIRDS = 3;            // of a tile: panels 0-3 and 4-7, a warpgroup's values each, and 8
+
+enum class Cache { paged_tma, paged, fp8 };  // bf16 with 64 keys a copy; bf16 with any page; 656-byte tokens
+
+struct MlaArgs {
+    const unsigned char* cache;
+    const int* table;
+    MlaLine line;
     const float* sink;
     uint16_t* out;
-    float *lse, *sums, *logs;  // sums, logs: of pieces
-    int *starts, *firsts;
-    int b, h, rows, pages, page, table_n, parts, tiles, queries;
-    int keys;     // of a block
-    float scale;  // to the base 2
+    float *lse, *partial;
+    float2* totals;  // maximum and sum of each row of a slot
+    int4* cuts;      // (sequence, group, first part, last) of each item or, of more items than parts, of the one that a part cuts
+    int nq, h, rows, p, page, n, parts, slot_rows;
+    float factor;  // of the scores, to base 2
     bool causal;
+    uint64_t policy;
+
+    __host__ __device__ bool all_items() const { return int64_t(line.b) * line.groups <= parts; }
+
+    // Keys that row `row` sees of a sequence.
+    __host__ __device__ int seen(int length, int row) const {
+        if (!causal) return length;
+        const int all = length - nq + row / h + 1;
+        return all > 0 ? all : 0;
+    }
 };
 
-static constexpr float LN2 = 0.69314718055994531f, LOG2E = 1.4426950408889634f;
-static constexpr float NOTHING = -INFINITY;
+// Tiles [first, end) of a segment that any row of its group sees.
+template <int CLUSTER> __device__ __forceinline__ int last_tile(const MlaArgs& a, const MlaSegment& s) {
+    const int row = min((s.group + 1) * MLA_ROWS * CLUSTER, a.rows) - 1;
+    return min(s.last, int((int64_t(a.seen(s.length, row)) + MLA_KEYS - 1) / MLA_KEYS));
+}
 
-__global__ void __launch_bounds__(32) decode_plan_kernel(const DecodeArgs p) {
-    const int lane = int(threadIdx.x);
-    int sum = 0;
-    for (int base = 0; base < p.b; base += 32) {
-        const int i = base + lane, cost = i < p.b ? decode_blocks(p.lens[i], p.keys) + DECODE_FIXED : 0;
-        int before = cost;
+// What the outputs' warpgroups are told with the weights of a tile.
+struct MlaNote {
+    bool stop, begins, ends;  // no more tiles; the segment's first and last one
+    bool whole;               // the rows go to the output
+    int rows;                 // of these 64 that there are
+    int64_t row;              // the first one's place there
+};
+
+// All tiles of a part in turn, for a warp that copies; in shared memory, as registers are short.
+struct MlaTiles {
+    MlaWalk walk;
+    MlaSegment s;
+    int t, end;        // tiles [t, end) of the segment are left
+    int token[2][16];  // of this and the next tile's keys that the warp copies
+
+    __device__ void next(const MlaArgs& a) {
+        while (++t >= end) {
+            if (!walk.next(a.line, s)) {
+                s.seq = -1;
+                return;
+            }
+            t = s.first - 1;
+            end = last_tile<1>(a, s);
+        }
+    }
+};
+
+struct MlaShared {
+    uint64_t full[2][THIRDS], empty[2][THIRDS], weights[2], queries;  // barriers of a slot's thirds, its weights, and the queries
+    float rescale[2][MLA_ROWS], finish[2][MLA_ROWS];                  // factors of the outputs before a tile, and at the end
+    float scales[2][4][MLA_KEYS];                                     // of 128 codes of a key
+    int odd[2];  // the tile's page is none
+    MlaNote note[2];
+    MlaWalk start, walk;    // of the part; and of the scores, whose first thread walks, as registers are short
+    MlaTiles tiles[4];      // of each warp that copies
+    MlaSegment segment[2];  // this and the next one of the scores; sequence -1: no more
+
+    __device__ void step(const MlaLine& line, int turn) {
+        if (!walk.next(line, segment[turn & 1])) segment[turn & 1].seq = -1;
+    }
+};
+static constexpr int MLA_SHARED = 1024 + 3 * TILE + int(sizeof(MlaShared));
+
+// Where part `part` starts; a whole warp looks.
+__device__ inline MlaWalk mla_start(const MlaLine& line, int parts, int part, int lane) {
+    int64_t sum = 0;
+    int longest = 0;
+    for (int i = lane; i < line.b; i += 32) {
+        const int n = line.tiles(i) + MLA_GAP;
+        sum += n;
+        longest = max(longest, n);
+    }
+    for (int by = 16; by; by /= 2) {
+        sum += __shfl_xor_sync(0xffffffff, sum, by);
+        longest = max(longest, __shfl_xor_sync(0xffffffff, longest, by));
+    }
+    const int64_t size = mla_part(sum * line.groups, longest, parts), begin = part * size;
+    int64_t before = 0;
+    for (int base = 0; base < line.b; base += 32) {
+        const int n = base + lane < line.b ? line.tiles(base + lane) + MLA_GAP : 0;
+        int64_t upto = int64_t(n) * line.groups;
         for (int by = 1; by < 32; by *= 2) {
-            const int other = __shfl_up_sync(0xffffffff, before, by);
-            if (lane >= by) before += other;
+            const int64_t other = __shfl_up_sync(0xffffffff, upto, by);
+            if (lane >= by) upto += other;
         }
-        if (i < p.b) p.starts[i] = sum + before - cost;
-        sum += __shfl_sync(0xffffffff, before, 31);
-    }
-    if (lane == 0) p.starts[p.b] = sum;
-    __threadfence_block();
-    __syncwarp();
-    const int stretch = decode_stretch(sum, p.parts);
-    for (int part = lane; part < p.parts; part += 32) {  // the first sequence that ends behind the part's start
-        int low = 0, high = p.b;
-        while (low < high) {
-            const int middle = (low + high) / 2;
-            if (p.starts[middle + 1] > part * stretch) high = middle;
-            else low = middle + 1;
+        upto += before;
+        const unsigned past = __ballot_sync(0xffffffff, upto > begin);
+        if (past) {
+            const int found = __ffs(int(past)) - 1, item = __shfl_sync(0xffffffff, n, found);
+            const int64_t start = __shfl_sync(0xffffffff, upto, found) - int64_t(item) * line.groups;
+            const int group = int((begin - start) / item);
+            return {start + int64_t(group) * item, begin, begin + size, base + found, group, item - MLA_GAP};
         }
-        p.firsts[part] = low;
+        before = __shfl_sync(0xffffffff, upto, 31);
     }
+    return {0, begin, begin + size, line.b, 0, 1};
 }
 
-// Writes a row's result: a piece's to the workspace, a whole one to the output.
-struct RowEnd {
-    float log, factor;  // natural logarithm of the sum of weights; what the sums are multiplied with
-};
-__device__ __forceinline__ RowEnd row_end(float top, float weights) {  // of scores to the base 2
-    return weights == 0.0f ? RowEnd{NOTHING, 0.0f} : RowEnd{(top + log2f(weights)) * LN2, 1.0f / weights};
+__device__ const uint4 NANS = {~0u, ~0u, ~0u, ~0u};  // in e4m3, bf16 and f32
+__device__ __forceinline__ const unsigned char* nans() { return reinterpret_cast<const unsigned char*>(&NANS); }
+static constexpr int NO_KEY = -1, NO_PAGE = -2;
+
+// The slot of a key in the cache, or which of the above. 2^31 tokens are more than a terabyte.
+__device__ __forceinline__ int token_of(const MlaArgs& a, const MlaSegment& s, int key) {
+    if (key >= s.length) return NO_KEY;
+    const int page = a.table[int64_t(s.seq) * a.n + key / a.page];
+    return page >= 0 && page < a.p ? page * a.page + key % a.page : NO_PAGE;
 }
-__device__ __forceinline__ float sink_factor(const float* sink, int head, float log) {
-    if (!sink) return 1.0f;
-    return log == NOTHING ? 0.0f : 1.0f / (1.0f + exp2_fast((sink[head] - log) * LOG2E));
+
+__device__ __forceinline__ uint32_t pack_f16(float low, float high) {
+    const __half2_raw both = __floats2half2_rn(low, high);
+    return both.x | uint32_t(both.y) << 16;
+}
+__device__ __forceinline__ float2 unpack_f16(uint32_t both) {
+    return __half22float2(__half2(__half2_raw{uint16_t(both), uint16_t(both >> 16)}));
 }
 
-static constexpr int PANEL = 64 * 128;  // bytes of 64 rows of 64 bf16
-
-// Shared memory: queries [9 panels], two tiles of keys [9 panels each], weights [1 panel; with FP8 one for each of the four
-// scales of a key], then a few floats.
-template <bool FP8> struct DecodeShape {
-    static constexpr int KEYS = decode_keys(FP8), KEY_PANEL = KEYS * 128, TILE = 9 * KEY_PANEL, COPIES = FP8 ? 4 : 1;
-    static constexpr int FLOATS = 4 * 64 + (FP8 ? 2 * KEYS * 4 : 0),
-                         BYTES = 1024 + 9 * PANEL + 2 * TILE + COPIES * PANEL + FLOATS * 4 + 4 * 8;
-};
-
-// 16 codes as bf16, which holds them exactly.
-__device__ __forceinline__ void widen16(const uint4& codes, uint4 (&to)[2]) {
-    const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+// Sixteen codes as bf16, which holds them exactly.
+__device__ __forceinline__ void widen(const uint4& codes, uint4 (&to)[2]) {
+    const uint32_t word[4] = {codes.x, codes.y, codes.z, codes.w};
     uint32_t out[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        const __half2_raw two =
-            __nv_cvt_fp8x2_to_halfraw2(__nv_fp8x2_storage_t(words[i / 2] >> (i % 2 * 16) & 0xffff), __NV_E4M3);
-        const float2 f = __half22float2(__half2(two));
-        out[i] = pack_bf16(f.x, f.y);
+        const __half2_raw pair = __nv_cvt_fp8x2_to_halfraw2(__nv_fp8x2_storage_t(word[i / 2] >> i % 2 * 16), __NV_E4M3);
+        const float2 v = __half22float2(__half2(pair));
+        out[i] = pack_bf16(v.x, v.y);
     }
-    to[0] = make_uint4(out[0], out[1], out[2], out[3]);
-    to[1] = make_uint4(out[4], out[5], out[6], out[7]);
+    to[0] = {out[0], out[1], out[2], out[3]};
+    to[1] = {out[4], out[5], out[6], out[7]};
 }
 
-template <bool FP8> __global__ void __launch_bounds__(384, 1) decode_kernel(const DecodeArgs p) {
-    KN_SHARED(memory);
-    unsigned char* const base = memory + (-shared_address(memory) & 1023);
-    using Shape = DecodeShape<FP8>;
-    constexpr int KEYS = Shape::KEYS, TILE = Shape::TILE, KEY_PANEL = Shape::KEY_PANEL, HALF = KEYS / 2;
-    unsigned char *const queries = base, *const keys = base + 9 * PANEL, *const weights = keys + 2 * TILE;
-    float* const tops = reinterpret_cast<float*>(weights + Shape::COPIES * PANEL);  // [2, 64]: each half's largest score of a row
-    float* const totals = tops + 128;                                               // [2, 64]: each half's sum of weights
-    float* const scales = totals + 128;                                             // FP8: [2, KEYS, 4], of the codes
-    uint64_t *const full = reinterpret_cast<uint64_t*>(tops + Shape::FLOATS), *const empty = full + 2;
+template <int CLUSTER> __device__ __forceinline__ void free_third(uint64_t* bar, int lane, int rank) {
+    if (lane >= CLUSTER) return;
+    if (CLUSTER == 1 || lane == rank) barrier_arrive(bar);
+    else barrier_arrive_remote(bar, lane);
+}
 
-    const int thread = int(threadIdx.x), warp = uniform(thread / 32), lane = thread % 32, group = warp / 4;
-    const int part = int(blockIdx.x), tile = int(blockIdx.y);
-    if (thread == 0) {
-        for (int s = 0; s < 2; ++s) {
-            barrier_init(full + s, 128);
-            barrier_init(empty + s, 8);
+// One warp: tiles by tensor map. Of a cluster each block copies half of the rows to both.
+template <int CLUSTER>
+__device__ void load_mapped(const MlaArgs& a, const CUtensorMap* map, unsigned char* slots, MlaShared& m, int lane, int rank) {
+    constexpr int ROWS = MLA_KEYS / CLUSTER;
+    MlaWalk walk = m.start;
+    MlaSegment s;
+    int j = 0;
+    while (walk.next(a.line, s)) {
+        const int end = last_tile<CLUSTER>(a, s);
+        int pages = 0;
+        for (int t = s.first; t < end; ++t, ++j) {
+            const int ahead = (t - s.first) % 32, slot = j & 1;
+            if (ahead == 0) pages = t + lane < end ? a.table[int64_t(s.seq) * a.n + int64_t(t + lane) * MLA_KEYS / a.page] : 0;
+            const int page = __shfl_sync(0xffffffff, pages, ahead);
+            if (lane == 0) {
+                const bool known = page >= 0 && page < a.p;
+                const int row = (known ? page * a.page : 0) + int(int64_t(t) * MLA_KEYS % a.page) + rank * ROWS;
+#pragma unroll
+                for (int third = 0; third < THIRDS; ++third) {
+                    const int first = third * 4, panels = third < 2 ? 4 : 1;
+                    if (CLUSTER > 1) barrier_wait_cluster(&m.empty[slot][third], (j >> 1 & 1) ^ 1);
+                    else barrier_wait(&m.empty[slot][third], (j >> 1 & 1) ^ 1);
+                    if (third == 0) m.odd[slot] = !known;
+                    barrier_expect(&m.full[slot][third], panels * PANEL);
+#pragma unroll
+                    for (int i = first; i < first + panels; ++i) {
+                        unsigned char* const to = slots + slot * TILE + i * PANEL + rank * ROWS * 128;
+                        uint64_t* const full = &m.full[slot][third];
+                        if constexpr (CLUSTER > 1) tma_load_multicast(to, map, full, i * 64, row, (1 << CLUSTER) - 1, a.policy);
+                        else tma_load(to, map, full, i * 64, row, a.policy);
+                    }
+                }
+            }
+            __syncwarp();
         }
+    }
+}
+
+// Steps a copying warp to its next tile and looks its 16 keys up, a lane each, the place of key 4 warp + r + 16 i as token [4 i +
+// r]. Without a next tile: false.
+__device__ __forceinline__ bool look_up(const MlaArgs& a, MlaTiles& tiles, int j, int warp, int lane) {
+    __syncwarp();
+    if (lane == 0) tiles.next(a);
+    __syncwarp();
+    if (tiles.s.seq < 0) return false;
+    if (lane < 16) tiles.token[j & 1][lane] = token_of(a, tiles.s, tiles.t * MLA_KEYS + warp * 4 + lane % 4 + lane / 4 * 16);
+    __syncwarp();
+    return true;
+}
+
+// A warpgroup: 16 bytes a thread and copy, eight threads a row of a panel.
+__device__ inline void load_gathered(const MlaArgs& a, unsigned char* slots, MlaShared& m, int warp, int lane) {
+    const int row = warp * 4 + lane / 8, chunk = lane % 8;
+    MlaTiles& tiles = m.tiles[warp];
+    bool more = look_up(a, tiles, 0, warp, lane);
+    for (int j = 0; more; ++j) {
+        more = look_up(a, tiles, j + 1, warp, lane);
+        const int slot = j & 1;
+        unsigned char* const to = slots + slot * TILE + row * 128 + ((chunk ^ row % 8) << 4);
+        int token[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) token[i] = tiles.token[j & 1][4 * i + lane / 8];
+#pragma unroll
+        for (int third = 0; third < THIRDS; ++third) {
+            barrier_wait(&m.empty[slot][third], (j >> 1 & 1) ^ 1);
+#pragma unroll 1
+            for (int panel = third * 4; panel < (third < 2 ? third * 4 + 4 : 9); ++panel)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const unsigned char* const key = a.cache + int64_t(token[i]) * 1152 + panel * 128 + chunk * 16;
+                    cp_async16(to + panel * PANEL + i * 16 * 128, token[i] < 0 ? nans() : key, token[i] != NO_KEY);
+                }
+            cp_async_arrive(&m.full[slot][third]);
+        }
+    }
+}
+
+// A warpgroup: 128 codes of each key in turn are widened while the next ones come into registers, from L2, whither they were sent
+// a tile before.
+__device__ inline void load_fp8(const MlaArgs& a, unsigned char* slots, MlaShared& m, int warp, int lane) {
+    // Two rows of four chunks are a quarter of a warp: its 16-byte stores go to 8 different banks of 16 bytes.
+    const int r = (lane >> 2 & 1) + (lane >> 4 & 1) * 2, row = warp * 4 + r, chunk = (lane & 3) + (lane >> 3 & 1) * 4;
+    // Of the first eight values; the others' differs in the 16.
+    const int place = chunk / 4 * PANEL + row * 128 + (((chunk & 3) * 2 ^ row % 8) << 4);
+    const unsigned char* const mine = a.cache + chunk * 16;
+    MlaTiles& tiles = m.tiles[warp];
+    uint4 raw[2][4];  // 16 codes of each row, of this and the next turn
+    auto fetch = [&](int j, int g) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int token = tiles.token[j & 1][4 * i + r];
+            const uint32_t fill = token == NO_KEY ? 0 : ~0u;
+            raw[g % 2][i] = token < 0 ? uint4{fill, fill, fill, fill}
+                                      : *reinterpret_cast<const uint4*>(mine + int64_t(token) * 656 + g * 128);
+        }
+    };
+    bool more = look_up(a, tiles, 0, warp, lane);
+    if (more) {
+        fetch(0, 0);
+        fetch(0, 1);
+    }
+    for (int j = 0; more; ++j) {
+        const int slot = j & 1;
+        const uint32_t parity = (j >> 1 & 1) ^ 1;
+        unsigned char* const to = slots + slot * TILE;
+        more = look_up(a, tiles, j + 1, warp, lane);
+        barrier_wait(&m.empty[slot][2], parity);
+#pragma unroll 1
+        for (int i = 0; i < 4; ++i) {
+            const int token = tiles.token[j & 1][4 * i + r];
+            const unsigned char* const key = mine + int64_t(token) * 656;
+            unsigned char* const rotated = to + 8 * PANEL + (row + 16 * i) * 128 + ((chunk ^ row % 8) << 4);
+            cp_async16(rotated, token < 0 ? nans() : key + 528, token != NO_KEY);
+            float* const scale = &m.scales[slot][chunk % 4][row + 16 * i];
+            if (chunk < 4) cp_async4(scale, token < 0 ? nans() : key + 512 - chunk * 12, token != NO_KEY);
+        }
+        cp_async_arrive(&m.full[slot][2]);
+#pragma unroll
+        for (int g = 0; g < 4; ++g) {
+            if (g % 2 == 0) barrier_wait(&m.empty[slot][g / 2], parity);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                uint4 wide[2];
+                widen(raw[g % 2][i], wide);
+                *reinterpret_cast<uint4*>(to + place + 2 * g * PANEL + i * 16 * 128) = wide[0];
+                *reinterpret_cast<uint4*>(to + (place ^ 16) + 2 * g * PANEL + i * 16 * 128) = wide[1];
+            }
+            if (g < 2) fetch(j, g + 2);
+            else if (more) fetch(j + 1, g - 2);
+            if (g == 0 && more && lane < 16) {
+                const int ahead = tiles.token[(j + 1) & 1][lane];
+                if (ahead >= 0) prefetch_l2(a.cache + int64_t(ahead) * 656, 656);
+            }
+            if (g % 2) {
+                fence_async();
+                __syncwarp();
+                if (lane == 0) barrier_arrive(&m.full[slot][g / 2]);
+            }
+        }
+    }
+}
+
+// What a row's values are multiplied with in the end, for a sum of weights whose logarithm to base 2 is `log`.
+__device__ __forceinline__ float finish_of(const MlaArgs& a, int head, float sum, float log) {
+    if (sum == 0) return 0;
+    return a.sink ? 1 / (sum * (1 + exp2_fast(a.sink[head] * LOG2E - log))) : 1 / sum;
+}
+
+template <Cache CACHE, int CLUSTER>
+__global__ void __launch_bounds__(512, 1)
+    mla_decode_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap cache_map, const MlaArgs a) {
+    KN_SHARED(memory);
+    unsigned char* const queries = memory + (-shared_address(memory) & 1023);
+    unsigned char* const slots = queries + TILE;
+    MlaShared& m = *reinterpret_cast<MlaShared*>(slots + 2 * TILE);
+
+    const int thread = int(threadIdx.x), warp = uniform(thread / 32), lane = thread % 32, role = warp / 4, local = thread % 128;
+    const int rank = CLUSTER > 1 ? int(cluster_rank()) : 0, part = int(blockIdx.x) / CLUSTER;
+    if (thread == 0) {
+        for (int slot = 0; slot < 2; ++slot) {
+            for (int third = 0; third < THIRDS; ++third) {
+                // Arrivals: of one thread, or of all that copy, or of the warps that widen.
+                barrier_init(&m.full[slot][third], CACHE == Cache::paged_tma ? 1 : CACHE == Cache::fp8 && third < 2 ? 4 : 128);
+                barrier_init(&m.empty[slot][third], (third < 2 ? 4 : 8) * CLUSTER);
+            }
+            barrier_init(&m.weights[slot], 4);
+        }
+        barrier_init(&m.queries, 1);
         barrier_init_fence();
     }
+    if (warp == 0) {
+        const MlaWalk walk = mla_start(a.line, a.parts, part, lane);
+        if (lane == 0) {
+            m.start = m.walk = walk;
+            m.step(a.line, 0);
+        }
+        if (lane < 4) m.tiles[lane] = {walk, {}, 0, 0, {}};
+    }
     __syncthreads();
+    if (CLUSTER > 1) cluster_sync();  // a block's barriers are there before its neighbour arrives at them
 
-    const int stretch = decode_stretch(p.starts[p.b], p.parts), behind = (part + 1) * stretch;
-    int slot = 0;
-    uint32_t parity = 0;
-    auto next = [&] {
-        slot ^= 1;
-        parity ^= uint32_t(slot == 0);
-    };
-
-    if (group == 0) {
-        registers_less<FP8 ? 72 : 56>();
-        const int chunk = thread % 8;
-        for (int i = p.firsts[part]; i < p.b && p.starts[i] < behind; ++i) {
-            const int seq = p.lens[i];
-            const Piece piece = decode_piece(part, stretch, p.starts[i], decode_blocks(seq, KEYS));
-            for (int block = piece.first; block < piece.end; ++block, next()) {
-                barrier_wait(empty + slot, parity ^ 1);
-                unsigned char* const to = keys + slot * TILE;
-#pragma unroll 1
-                for (int row = thread / 8; row < KEYS; row += 16) {
-                    const int key = block * KEYS + row;
-                    const bool inside = key < seq && key / p.page < p.table_n;
-                    const int page = inside ? p.table[int64_t(i) * p.table_n + key / p.page] : 0;
-                    const bool known = page >= 0 && page < p.pages;
-                    const uint8_t* const token =
-                        p.cache + (inside && known ? (int64_t(page) * p.page + key % p.page) * (FP8 ? 656 : 1152) : 0);
-                    unsigned char* const at = to + swizzle128(uint32_t(row * 128 + chunk * 16));
-                    if (key < seq && !(inside && known)) {  // no such page: NaN
-#pragma unroll 1
-                        for (int c = 0; c < 9; ++c)
-                            *reinterpret_cast<uint4*>(at + c * KEY_PANEL) = make_uint4(~0u, ~0u, ~0u, ~0u);
-                    } else if constexpr (!FP8) {
+    if (role == 0) {  // copies keys
+        registers_less<CACHE == Cache::fp8 ? 72 : 96>();
+        if constexpr (CACHE == Cache::fp8) load_fp8(a, slots, m, warp, lane);
+        else if constexpr (CACHE == Cache::paged) load_gathered(a, slots, m, warp, lane);
+        else if (warp == 0) load_mapped<CLUSTER>(a, &cache_map, slots, m, lane, rank);
+    } else if (role == 1) {  // scores and weights
+        registers_less<CACHE == Cache::fp8 ? 104 : 96>();
+        auto load_queries = [&](int turn) {
+            const MlaSegment& s = m.segment[turn & 1];
+            if (local || s.seq < 0) return;
+            barrier_expect(&m.queries, TILE);
+            for (int i = 0; i < 9; ++i)
+                tma_load(queries + i * PANEL, &q_map, &m.queries, i * 64, s.seq * a.rows + (s.group * CLUSTER + rank) * MLA_ROWS);
+        };
+        load_queries(0);
+        if (local == 0 && rank == 0 && !a.all_items()) a.cuts[part] = {0, 0, 0, 0};
+        int j = 0;
+        for (int turn = 0; m.segment[turn & 1].seq >= 0; ++turn) {
+            const MlaSegment& s = m.segment[turn & 1];
+            if (local == 0) m.step(a.line, turn + 1);
+            const int end = last_tile<CLUSTER>(a, s), row0 = (s.group * CLUSTER + rank) * MLA_ROWS;
+            const int fewest = a.seen(s.length, row0);
+            float top[2] = {MINUS_INF, MINUS_INF}, sum[2] = {0, 0};
+            barrier_wait(&m.queries, turn & 1);
+            if (s.first >= end) {
+                part_sync(1, 128);  // all have seen these queries
+                load_queries(turn + 1);
+                if (s.whole())
+                    for (int i = local; i < min(MLA_ROWS, a.rows - row0) * 64; i += 128)
+                        reinterpret_cast<uint4*>(a.out + (int64_t(s.seq) * a.rows + row0) * 512)[i] = uint4{0, 0, 0, 0};
+            }
+            for (int t = s.first; t < end; ++t, ++j) {
+                const int slot = j & 1;
+                unsigned char* const tile = slots + slot * TILE;
+                const uint32_t q = shared_address(queries), k = shared_address(tile);
+                auto arrived = [&](int third) {
+                    barrier_wait(&m.full[slot][third], j >> 1 & 1);
+                    if (CACHE != Cache::paged_tma) fence_async();  // threads wrote it, tensor cores read it
+                };
+                auto multiply = [&](float (&to)[32], int panel, int panels, bool add) {
 #pragma unroll
-                        for (int c = 0; c < 9; ++c) cp_async16(at + c * KEY_PANEL, token + c * 128 + chunk * 16, inside);
-                    } else if (!inside) {
-#pragma unroll 1
-                        for (int c = 0; c < 9; ++c) *reinterpret_cast<uint4*>(at + c * KEY_PANEL) = make_uint4(0, 0, 0, 0);
-                    } else {
-                        uint4 codes[4];
-#pragma unroll
-                        for (int g = 0; g < 4; ++g) codes[g] = __ldg(reinterpret_cast<const uint4*>(token) + g * 8 + chunk);
-                        const uint4 rope = __ldg(reinterpret_cast<const uint4*>(token + 528) + chunk);
-#pragma unroll
-                        for (int g = 0; g < 4; ++g) {
-                            uint4 two[2];
-                            widen16(codes[g], two);
-                            const uint32_t column = uint32_t(g * 8 + chunk) * 32;  // in bytes of bf16
-#pragma unroll
-                            for (int j = 0; j < 2; ++j)
-                                *reinterpret_cast<uint4*>(to + column / 128 * KEY_PANEL +
-                                                          swizzle128(uint32_t(row * 128) + column % 128 + j * 16)) = two[j];
-                        }
-                        *reinterpret_cast<uint4*>(at + 8 * KEY_PANEL) = rope;
+                    for (int i = 0; i < panels * 4; ++i) {
+                        const uint32_t at = uint32_t((panel + i / 4) * PANEL + i % 4 * 32);
+                        wgmma_bf16<64>(to, descriptor(q + at, 1024), descriptor(k + at, 1024), add || i > 0);
                     }
-                    if (FP8 && chunk == 0)
-                        *reinterpret_cast<float4*>(scales + (slot * KEYS + row) * 4) =
-                            inside && known ? __ldg(reinterpret_cast<const float4*>(token + 512)) : make_float4(1, 1, 1, 1);
-                }
-                fence_async();
-                if constexpr (FP8) barrier_arrive(full + slot);
-                else cp_async_arrive(full + slot);
-            }
-        }
-        return;
-    }
-
-    registers_more<FP8 ? 216 : 224>();
-    const int local = (thread - 128) % 128, half = group - 1, mine = thread - 128;
-    for (int i = p.firsts[part]; i < p.b && p.starts[i] < behind; ++i) {
-        const int seq = p.lens[i], blocks = decode_blocks(seq, KEYS), start = p.starts[i];
-        const Piece piece = decode_piece(part, stretch, start, blocks);
-        if (piece.first >= piece.end && (blocks || start < part * stretch)) continue;  // one without keys is its first part's
-        // Queries, 16 bytes a thread and turn; the part_sync of the sequence before has let go of them.
-        for (int c = mine; c < 64 * 72; c += 256) {
-            const int row = c / 72, piece16 = c % 72, r = tile * 64 + row;
-            uint4 v = make_uint4(0, 0, 0, 0);
-            if (r < p.rows) v = __ldg(reinterpret_cast<const uint4*>(p.q + (int64_t(i) * p.rows + r) * 576) + piece16);
-            *reinterpret_cast<uint4*>(queries + piece16 / 8 * PANEL + swizzle128(uint32_t(row * 128 + piece16 % 8 * 16))) = v;
-        }
-        fence_async();
-        part_sync(1, 256);
-
-        int limit[2];
-        for (int r = 0; r < 2; ++r) {
-            const int row = tile * 64 + fragment_row(local, 2 * r);
-            limit[r] = p.causal ? seq - p.queries + row / p.h + 1 : seq;
-        }
-        float top[2] = {NOTHING, NOTHING}, total[2] = {0, 0};
-        // Scores of this half's keys, of the tile in the ring's slot `at`. bf16: one sum over 576 columns. FP8: sums of each
-        // scale's 128 columns and of the rotated 64, two or three at a time for want of registers.
-        constexpr int SUMS = FP8 ? 3 : 1, PART = FP8 ? 64 : 128;  // PART: registers of output columns with one scale
-        float o[128 / PART][PART] = {}, s[HALF / 2], d[SUMS][HALF / 2];
-        auto multiply = [&](int sum, int at, int first, int end) {  // panels [first, end) of 64 columns
-            const uint32_t a = shared_address(queries), b = shared_address(keys + at * TILE) + uint32_t(half * HALF * 128);
+                };
+                float d[32];
+                hold(d);
+                if constexpr (CACHE == Cache::fp8) {
+                    arrived(2);
+                    wgmma_fence();
+                    multiply(d, 8, 1, false);
+                    wgmma_commit();
+                    wgmma_wait<0>();
+                    hold(d);
+#pragma unroll 1
+                    for (int g = 0; g < 4; ++g) {
+                        if (g % 2 == 0) arrived(g / 2);
+                        float codes[32];
+                        hold(codes);
+                        wgmma_fence();
+                        multiply(codes, 2 * g, 2, false);
+                        wgmma_commit();
+                        wgmma_wait<0>();
+                        hold(codes);
 #pragma unroll
-            for (int k = 4 * first; k < 4 * end; ++k)
-                wgmma_bf16<HALF>(d[sum], descriptor(a + uint32_t(k / 4 * PANEL + k % 4 * 32), 1024),
-                                 descriptor(b + uint32_t(k / 4 * KEY_PANEL + k % 4 * 32), 1024), k > 4 * first);
-        };
-        auto hold_sums = [&] {
+                        for (int i = 0; i < 32; i += 4) {
+                            const float2 by = *reinterpret_cast<const float2*>(&m.scales[slot][g][fragment_column(local, i)]);
 #pragma unroll
-            for (int g = 0; g < SUMS; ++g) hold(d[g]);
-        };
-        auto finish = [&] {
-            wgmma_commit();
-            wgmma_wait<0>();
-            hold_sums();
-        };
-        auto start_scores = [&](int at) {
-            hold_sums();
-            wgmma_fence();
-            if constexpr (!FP8) {
-                multiply(0, at, 0, 9);
-                wgmma_commit();
-            } else {
-                multiply(0, at, 0, 2);
-                multiply(1, at, 2, 4);
-                multiply(2, at, 8, 9);
-            }
-        };
-        auto take_scores = [&](int at) {  // to `s`
-            if constexpr (!FP8) {
-                hold_sums();
-#pragma unroll
-                for (int c = 0; c < HALF / 2; ++c) s[c] = d[0][c];
-            } else {
-                const float4* const scale = reinterpret_cast<const float4*>(scales) + at * KEYS + half * HALF;
-                finish();
-#pragma unroll
-                for (int c = 0; c < HALF / 2; ++c) {
-                    const float4 w = scale[fragment_column(local, c)];
-                    s[c] = fmaf(d[0][c], w.x, fmaf(d[1][c], w.y, d[2][c]));
-                }
-                hold_sums();
-                wgmma_fence();
-                multiply(0, at, 4, 6);
-                multiply(1, at, 6, 8);
-                finish();
-#pragma unroll
-                for (int c = 0; c < HALF / 2; ++c) {
-                    const float4 w = scale[fragment_column(local, c)];
-                    s[c] = fmaf(d[0][c], w.z, fmaf(d[1][c], w.w, s[c]));
-                }
-            }
-        };
-        auto arrived = [&](int at, uint32_t phase) {
-            barrier_wait(full + at, phase);
-            fence_async();  // written by threads, read by the tensor cores
-        };
-        // The product of the next keys runs under the softmax of these; an FP8 cache's sums leave no registers for that.
-        constexpr bool AHEAD = !FP8;
-        if (AHEAD && piece.first < piece.end) {
-            arrived(slot, parity);
-            start_scores(slot);
-            wgmma_wait<0>();
-            take_scores(slot);
-        }
-        for (int block = piece.first; block < piece.end; ++block) {
-            const int here = slot;
-            if constexpr (!AHEAD) {
-                arrived(slot, parity);
-                start_scores(slot);
-                take_scores(slot);
-            }
-            next();
-            const bool more = AHEAD && block + 1 < piece.end;
-            if (more) {
-                arrived(slot, parity);
-                start_scores(slot);
-            }
-            float best[2] = {NOTHING, NOTHING};
-#pragma unroll
-            for (int c = 0; c < HALF / 2; ++c) {
-                const int key = block * KEYS + half * HALF + fragment_column(local, c), r = c / 2 % 2;
-                s[c] = key < limit[r] ? s[c] * p.scale : NOTHING;
-                best[r] = fmaxf(best[r], s[c]);
-            }
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                best[r] = fmaxf(best[r], __shfl_xor_sync(0xffffffff, best[r], 1));
-                best[r] = fmaxf(best[r], __shfl_xor_sync(0xffffffff, best[r], 2));
-                if (lane % 4 == 0) tops[half * 64 + fragment_row(local, 2 * r)] = best[r];
-            }
-            part_sync(1, 256);
-            float shrink[2], from[2];
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const int row = fragment_row(local, 2 * r);
-                const float reached = fmaxf(top[r], fmaxf(tops[row], tops[64 + row]));
-                from[r] = reached == NOTHING ? 0.0f : reached;
-                shrink[r] = exp2_fast(top[r] - from[r]);
-                top[r] = reached;
-                total[r] *= shrink[r];
-            }
-#pragma unroll
-            for (int c = 0; c < HALF / 2; c += 2) {
-                const int r = c / 2 % 2, column = half * HALF + fragment_column(local, c);
-                const float w0 = exp2_fast(s[c] - from[r]), w1 = exp2_fast(s[c + 1] - from[r]);
-                total[r] += w0 + w1;
-                unsigned char* const to = weights + swizzle128(uint32_t(fragment_row(local, c) * 128 + column * 2));
-                if constexpr (FP8) {
-                    const float4 u = *reinterpret_cast<const float4*>(scales + (here * KEYS + column) * 4);
-                    const float4 v = *reinterpret_cast<const float4*>(scales + (here * KEYS + column + 1) * 4);
-                    *reinterpret_cast<uint32_t*>(to) = pack_bf16(w0 * u.x, w1 * v.x);
-                    *reinterpret_cast<uint32_t*>(to + PANEL) = pack_bf16(w0 * u.y, w1 * v.y);
-                    *reinterpret_cast<uint32_t*>(to + 2 * PANEL) = pack_bf16(w0 * u.z, w1 * v.z);
-                    *reinterpret_cast<uint32_t*>(to + 3 * PANEL) = pack_bf16(w0 * u.w, w1 * v.w);
+                            for (int r = 0; r < 4; ++r) d[i + r] = fmaf(codes[i + r], r % 2 ? by.y : by.x, d[i + r]);
+                        }
+                    }
                 } else {
-                    *reinterpret_cast<uint32_t*>(to) = pack_bf16(w0, w1);
+#pragma unroll
+                    for (int third = 0; third < THIRDS; ++third) {
+                        arrived(third);
+                        wgmma_fence();
+                        multiply(d, third * 4, third < 2 ? 4 : 1, third > 0);
+                    }
+                    wgmma_commit();
+                    wgmma_wait<0>();
+                    hold(d);
+                }
+                part_sync(1, 128);  // all warps have read the queries and the tile's last panel
+                if (t + 1 == end) load_queries(turn + 1);
+
+                const int base = t * MLA_KEYS;
+                if (CACHE == Cache::paged_tma) {
+                    // What lies beyond the sequence may be NaN: zeros, as a weight of 0 does not hide it.
+                    for (int i = (s.length - base) * 64 + local; i < MLA_KEYS * 64; i += 128) {
+                        const uint32_t at = uint32_t(i % 64 / 8 * PANEL + i / 64 * 128 + ((i % 8 ^ i / 64 % 8) << 4));
+                        *reinterpret_cast<uint4*>(tile + at) = uint4{0, 0, 0, 0};
+                    }
+                    if (m.odd[slot]) {
+#pragma unroll
+                        for (int i = 0; i < 32; ++i) d[i] = __int_as_float(0x7fffffff);
+                    }
+                }
+#pragma unroll
+                for (int i = 0; i < 32; ++i) d[i] *= a.factor;
+                if (base + MLA_KEYS > fewest) {
+                    const int limit[2] = {a.seen(s.length, row0 + fragment_row(local, 0)),
+                                          a.seen(s.length, row0 + fragment_row(local, 2))};
+#pragma unroll
+                    for (int i = 0; i < 32; ++i)
+                        if (base + fragment_column(local, i) >= limit[i >> 1 & 1]) d[i] = MINUS_INF;
+                }
+                float rescale[2];
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    float most = MINUS_INF;
+#pragma unroll
+                    for (int i = 0; i < 32; i += 4) most = fmaxf(most, fmaxf(d[i + 2 * r], d[i + 2 * r + 1]));
+                    most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
+                    most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));
+                    // The maximum follows the scores only where they pass it by 8: weights up to 256 are as exact, and outputs
+                    // keep their factor.
+                    const float old = top[r];
+                    if (most > old + 8) top[r] = most;
+                    const float shift = top[r] == MINUS_INF ? 0 : top[r];
+                    rescale[r] = old == top[r] ? 1 : exp2_fast(old - shift);
+                    sum[r] *= rescale[r];
+#pragma unroll
+                    for (int i = 0; i < 32; i += 4)
+#pragma unroll
+                        for (int c = 0; c < 2; ++c) {
+                            const float p = exp2_fast(d[i + 2 * r + c] - shift);
+                            sum[r] += p;
+                            d[i + 2 * r + c] = p;
+                        }
+                }
+                // Weights take the place of the keys' last panel, which is read.
+                unsigned char* const weights = tile + 8 * PANEL;
+                const int my_row = warp % 4 * 16 + lane % 16;
+#pragma unroll
+                for (int c = 0; c < 4; ++c) {
+                    uint32_t v[4];
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        const float low = d[c * 8 + 2 * i], high = d[c * 8 + 2 * i + 1];
+                        // Each scale of FP8 gives weights of its own, in bf16; f16 rounds 8 times finer than those.
+                        v[i] = CACHE == Cache::fp8 ? pack_f16(low, high) : pack_bf16(low, high);
+                    }
+                    if (CACHE == Cache::fp8) reinterpret_cast<uint4*>(weights)[c * 128 + local] = uint4{v[0], v[1], v[2], v[3]};
+                    else stmatrix4(weights + my_row * 128 + ((c * 2 + lane / 16) ^ my_row % 8) * 16, v);
+                }
+                if (lane % 4 == 0)
+                    for (int r = 0; r < 2; ++r) m.rescale[slot][fragment_row(local, 2 * r)] = rescale[r];
+                if (t + 1 == end) {
+#pragma unroll
+                    for (int r = 0; r < 2; ++r) {
+                        sum[r] += __shfl_xor_sync(0xffffffff, sum[r], 1);
+                        sum[r] += __shfl_xor_sync(0xffffffff, sum[r], 2);
+                        const int row = fragment_row(local, 2 * r);
+                        if (s.whole() && lane % 4 == 0)
+                            m.finish[slot][row] = finish_of(a, (row0 + row) % a.h, sum[r], top[r] + log2f(sum[r]));
+                    }
+                }
+                if (local == 0)
+                    m.note[slot] = {false, t == s.first, t + 1 == end, s.whole(), a.rows - row0,
+                                    s.whole() ? int64_t(s.seq) * a.rows + row0
+                                              : mla_slot(part, s.begins) * a.slot_rows + rank * MLA_ROWS};
+                fence_async();
+                __syncwarp();
+                if (lane == 0) barrier_arrive(&m.weights[slot]);
+            }
+            if (lane % 4 == 0)
+                for (int r = 0; r < 2; ++r) {
+                    const int row = row0 + fragment_row(local, 2 * r);
+                    if (row >= a.rows) continue;
+                    if (s.whole())
+                        a.lse[(int64_t(s.seq) * a.h + row % a.h) * a.nq + row / a.h] =
+                            sum[r] == 0 ? MINUS_INF : (top[r] + log2f(sum[r])) * LN2;
+                    else
+                        a.totals[mla_slot(part, s.begins) * a.slot_rows + row - s.group * CLUSTER * MLA_ROWS] = {top[r], sum[r]};
+                }
+            if (local == 0 && rank == 0 && s.begins && (a.all_items() || !s.ends))
+                a.cuts[a.all_items() ? s.seq * a.line.groups + s.group : part] = {
+                    s.seq, s.group, part, int((s.over - 1) / (m.walk.end - m.walk.begin))};
+            part_sync(1, 128);  // all are done with this segment, and see the next
+        }
+        if (CLUSTER > 1) barrier_wait_cluster(&m.empty[j & 1][2], (j >> 1 & 1) ^ 1);
+        else barrier_wait(&m.empty[j & 1][2], (j >> 1 & 1) ^ 1);
+        if (local == 0) m.note[j & 1].stop = true;
+        __syncwarp();
+        if (lane == 0) barrier_arrive(&m.weights[j & 1]);
+    } else {  // outputs: 256 columns each
+        registers_more<CACHE == Cache::fp8 ? 168 : 160>();
+        const int half = role - 2;
+        float o[2][64];  // 128 columns an instruction: of 512 threads none may name 128 registers in one
+        for (int j = 0;; ++j) {
+            const int slot = j & 1;
+            const uint32_t tile = shared_address(slots + slot * TILE);
+            barrier_wait(&m.weights[slot], j >> 1 & 1);
+            if (m.note[slot].stop) break;
+            if (CACHE != Cache::paged_tma) fence_async();
+            const bool begins = m.note[slot].begins;
+            const float by[2] = {m.rescale[slot][fragment_row(local, 0)], m.rescale[slot][fragment_row(local, 2)]};
+            if (!begins && __any_sync(0xffffffff, by[0] != 1 || by[1] != 1)) {
+#pragma unroll
+                for (int i = 0; i < 64; ++i) o[0][i] *= by[i >> 1 & 1], o[1][i] *= by[i >> 1 & 1];
+            }
+            hold(o[0]);
+            hold(o[1]);
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                const uint32_t values = tile + uint32_t((half * 4 + c * 2) * PANEL);
+                if constexpr (CACHE == Cache::fp8) {
+                    const uint4* const weights = reinterpret_cast<const uint4*>(slots + slot * TILE + 8 * PANEL) + local;
+                    const float* const scales = m.scales[slot][half * 2 + c];
+#pragma unroll
+                    for (int first = 0; first < 4; first += 2) {
+                        uint32_t w[2][4];
+#pragma unroll
+                        for (int step = 0; step < 2; ++step) {
+                            const uint4 p = weights[(first + step) * 128];
+                            const uint32_t both[4] = {p.x, p.y, p.z, p.w};
+#pragma unroll
+                            for (int i = 0; i < 4; ++i) {
+                                const int key = (first + step) * 16 + fragment_column(local, i / 2 * 4);
+                                const float2 by = *reinterpret_cast<const float2*>(scales + key);
+                                const float2 v = unpack_f16(both[i]);
+                                w[step][i] = pack_bf16(v.x * by.x, v.y * by.y);
+                            }
+                        }
+                        wgmma_fence();
+#pragma unroll
+                        for (int step = 0; step < 2; ++step)
+                            wgmma_bf16<128, true>(o[c], w[step],
+                                                  descriptor(values + uint32_t((first + step) * 2048), 1024, PANEL),
+                                                  !begins || first + step > 0);
+                        wgmma_commit();
+                        wgmma_wait<0>();  // registers are short: those of the weights serve again
+                    }
+                } else {
+                    wgmma_fence();
+#pragma unroll
+                    for (int step = 0; step < 4; ++step)
+                        wgmma_bf16<128, true>(o[c], descriptor(tile + uint32_t(8 * PANEL + step * 32), 1024),
+                                              descriptor(values + uint32_t(step * 2048), 1024, PANEL), !begins || step > 0);
                 }
             }
-#pragma unroll
-            for (int c = 0; c < 128; ++c) o[c / PART][c % PART] *= shrink[c / 2 % 2];
-            fence_async();
-            part_sync(1, 256);
-            const uint32_t a = shared_address(weights), b = shared_address(keys + here * TILE) + uint32_t(half * 4 * KEY_PANEL);
-#pragma unroll
-            for (int g = 0; g < 128 / PART; ++g) hold(o[g]);
-            wgmma_fence();
-#pragma unroll
-            for (int g = 0; g < 128 / PART; ++g)
-#pragma unroll
-                for (int k = 0; k < KEYS / 16; ++k)
-                    wgmma_bf16<2 * PART, true>(o[g], descriptor(a + uint32_t((FP8 ? 2 * half + g : 0) * PANEL + k * 32), 1024),
-                                               descriptor(b + uint32_t(g * 2 * KEY_PANEL + k * 2048), 1024, KEY_PANEL), true);
-            wgmma_commit();
+            if (CACHE != Cache::fp8) wgmma_commit();
             wgmma_wait<0>();
-#pragma unroll
-            for (int g = 0; g < 128 / PART; ++g) hold(o[g]);
+            hold(o[0]);
+            hold(o[1]);
+            const MlaNote note = m.note[slot];
+            const float finish[2] = {m.finish[slot][fragment_row(local, 0)], m.finish[slot][fragment_row(local, 2)]};
             __syncwarp();
-            if (lane == 0) barrier_arrive(empty + here);
-            if (more) take_scores(slot);
-        }
+            free_third<CLUSTER>(&m.empty[slot][half], lane, rank);
+            free_third<CLUSTER>(&m.empty[slot][2], lane, rank);
+            if (note.ends) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            total[r] += __shfl_xor_sync(0xffffffff, total[r], 1);
-            total[r] += __shfl_xor_sync(0xffffffff, total[r], 2);
-            if (lane % 4 == 0) totals[half * 64 + fragment_row(local, 2 * r)] = total[r];
-        }
-        part_sync(1, 256);
-        const int first_part = decode_first_part(stretch, start), last_part = decode_last_part(stretch, start, blocks);
-        const bool whole = blocks == 0 || first_part == last_part;
-        const int64_t kept = (int64_t(tile) * 2 * p.parts + decode_slot(part, part < last_part)) * 64;
+                for (int r = 0; r < 2; ++r) {
+                    const int row = fragment_row(local, 2 * r);
+                    if (row >= note.rows) continue;
+                    const int64_t at = (note.row + row) * 512 + half * 256 + fragment_column(local, 0);
+                    if (note.whole) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const int in_tile = fragment_row(local, 2 * r), row = tile * 64 + in_tile;
-            const RowEnd end = row_end(top[r], totals[in_tile] + totals[64 + in_tile]);
-            if (row >= p.rows) continue;
-            if (whole) {
-                const int head = row % p.h;
-                const float factor = end.factor * sink_factor(p.sink, head, end.log);
-                if (half == 0 && lane % 4 == 0) p.lse[(int64_t(i) * p.h + head) * p.queries + row / p.h] = end.log;
-                uint16_t* const to = p.out + (int64_t(i) * p.rows + row) * 512 + half * 256;
+                        for (int i = 2 * r; i < 128; i += 4)
+                            *reinterpret_cast<uint32_t*>(a.out + at + i / 4 * 8) =
+                                pack_bf16(o[i / 64][i % 64] * finish[r], o[i / 64][i % 64 + 1] * finish[r]);
+                    } else {
 #pragma unroll
-                for (int c = 2 * r; c < 128; c += 4)
-                    *reinterpret_cast<uint32_t*>(to + fragment_column(local, c)) =
-                        pack_bf16(o[c / PART][c % PART] * factor, o[c / PART][c % PART + 1] * factor);
-            } else {
-                if (half == 0 && lane % 4 == 0) p.logs[kept + in_tile] = end.log;
-                float* const to = p.sums + (kept + in_tile) * 512 + half * 256;
-#pragma unroll
-                for (int c = 2 * r; c < 128; c += 4)
-                    *reinterpret_cast<float2*>(to + fragment_column(local, c)) =
-                        make_float2(o[c / PART][c % PART] * end.factor, o[c / PART][c % PART + 1] * end.factor);
+                        for (int i = 2 * r; i < 128; i += 4)
+                            *reinterpret_cast<float2*>(a.partial + at + i / 4 * 8) = {o[i / 64][i % 64], o[i / 64][i % 64 + 1]};
+                    }
+                }
             }
         }
+    }
+    if (CLUSTER > 1) cluster_sync();  // none ends while another may copy to it or arrive at its barriers
+}
+
+// Joins what parts know of an item. Of the four teams of 128 threads, a thread 4 columns, `ways` share a row; sums run in an
+// order that shapes and lengths fix.
+__global__ void __launch_bounds__(512) mla_join_kernel(const MlaArgs a, int cluster, int ways) {
+    KN_SHARED(memory);
+    const int thread = int(threadIdx.x), warp = thread / 32, lane = thread % 32, team = thread / 128, way = team % ways;
+    const int4 cut = a.cuts[blockIdx.x];
+    if (cut.w <= cut.z) return;
+    const int first = cut.y * cluster * MLA_ROWS, column = thread % 128 * 4, count = cut.w - cut.z + 1, rows = 4 / ways;
+    float4* const sums = reinterpret_cast<float4*>(memory);  // of each thread
+    float* const weights = reinterpret_cast<float*>(memory + 512 * 16) + warp * a.parts;
+    for (int base = int(blockIdx.y) * rows; base < a.slot_rows; base += int(gridDim.y) * rows) {
+        const int row = base + team / ways;
+        const bool used = row < a.slot_rows && first + row < a.rows;
+        auto place = [&](int i) { return mla_slot(cut.z + i, i == 0) * a.slot_rows + row; };
+        float top = MINUS_INF, total = 0;
+        float4 sum = {0, 0, 0, 0};
+        if (used) {
+            for (int i = lane; i < count; i += 32) top = fmaxf(top, a.totals[place(i)].x);
+            for (int by = 16; by; by /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, by));
+            for (int i = lane; i < count; i += 32) {
+                const float2 of = a.totals[place(i)];
+                const float weight = of.y == 0 ? 0 : exp2_fast(of.x - top);
+                weights[i] = weight;
+                total += of.y == 0 ? 0 : weight * of.y;
+            }
+            for (int by = 16; by; by /= 2) total += __shfl_xor_sync(0xffffffff, total, by);
+            __syncwarp();
+#pragma unroll 8
+            for (int i = way; i < count; i += ways) {
+                const float weight = weights[i];
+                // A part that has seen no key has written nothing; the weight of NaN sums is NaN, or they have made `total` NaN.
+                if (weight == 0) continue;
+                const float4 o = *reinterpret_cast<const float4*>(a.partial + place(i) * 512 + column);
+                sum = {fmaf(weight, o.x, sum.x), fmaf(weight, o.y, sum.y), fmaf(weight, o.z, sum.z), fmaf(weight, o.w, sum.w)};
+            }
+        }
+        sums[thread] = sum;
+        __syncthreads();
+        if (used && way == 0) {
+            for (int i = 1; i < ways; ++i) {
+                const float4 o = sums[thread + i * 128];
+                sum = {sum.x + o.x, sum.y + o.y, sum.z + o.z, sum.w + o.w};
+            }
+            const int head = (first + row) % a.h;
+            const float log = top + log2f(total), finish = finish_of(a, head, total, log);
+            const uint2 result = {pack_bf16(sum.x * finish, sum.y * finish), pack_bf16(sum.z * finish, sum.w * finish)};
+            *reinterpret_cast<uint2*>(a.out + (int64_t(cut.x) * a.rows + first + row) * 512 + column) = result;
+            if (thread % 128 == 0)
+                a.lse[(int64_t(cut.x) * a.h + head) * a.nq + (first + row) / a.h] = total == 0 ? MINUS_INF : log * LN2;
+        }
+        __syncthreads();
     }
 }
 
-// A warp a row: the pieces of a sequence that lies in several parts, in the order of its keys.
-__global__ void __launch_bounds__(128) decode_merge_kernel(const DecodeArgs p) {
-    const int i = int(blockIdx.y), row = int(blockIdx.x * 4 + threadIdx.x / 32), lane = int(threadIdx.x % 32);
-    const int blocks = decode_blocks(p.lens[i], p.keys), start = p.starts[i], stretch = decode_stretch(p.starts[p.b], p.parts);
-    const int first = decode_first_part(stretch, start), last = decode_last_part(stretch, start, blocks);
-    if (blocks == 0 || first == last || row >= p.rows) return;
-    const int64_t tile = int64_t(row / 64) * 2 * p.parts;
-    auto kept = [&](int part) { return (tile + decode_slot(part, part < last)) * 64 + row % 64; };
-    float top = NOTHING;
-    bool broken = false;
-    for (int part = first; part <= last; ++part) {
-        const float log = p.logs[kept(part)];
-        broken = broken || log != log;
-        top = fmaxf(top, log);
-    }
-    const float from = top == NOTHING ? 0.0f : top;
-    float total = 0, sums[16] = {};
-    for (int part = first; part <= last; ++part) {
-        const float weight = exp2_fast((p.logs[kept(part)] - from) * LOG2E);
-        total += weight;
-        const float4* const of = reinterpret_cast<const float4*>(p.sums + kept(part) * 512) + lane;
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-            const float4 v = of[c * 32];
-            sums[4 * c] = fmaf(v.x, weight, sums[4 * c]);
-            sums[4 * c + 1] = fmaf(v.y, weight, sums[4 * c + 1]);
-            sums[4 * c + 2] = fmaf(v.z, weight, sums[4 * c + 2]);
-            sums[4 * c + 3] = fmaf(v.w, weight, sums[4 * c + 3]);
-        }
-    }
-    const int head = row % p.h;
-    const float log = broken ? NAN : total == 0.0f ? NOTHING : from + log2f(total) * LN2;
-    const float factor = total == 0.0f ? 0.0f : sink_factor(p.sink, head, log) / total;
-    if (lane == 0) p.lse[(int64_t(i) * p.h + head) * p.queries + row / p.h] = log;
-    uint2* const to = reinterpret_cast<uint2*>(p.out + (int64_t(i) * p.rows + row) * 512) + lane;
-#pragma unroll
-    for (int c = 0; c < 4; ++c)
-        to[c * 32] = make_uint2(pack_bf16(sums[4 * c] * factor, sums[4 * c + 1] * factor),
-                                pack_bf16(sums[4 * c + 2] * factor, sums[4 * c + 3] * factor));
+static CUtensorMap bf16_rows(const void* base, int64_t rows, int box) {
+    const uint64_t dims[2] = {576, uint64_t(rows)}, strides[1] = {1152};
+    const uint32_t boxes[2] = {64, uint32_t(box)};
+    return tensor_map(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, base, 2, dims, strides, boxes, CU_TENSOR_MAP_SWIZZLE_128B);
 }
+
+template <Cache CACHE, int CLUSTER> static void run(MlaArgs& a, int64_t most, const void* q, cudaStream_t stream) {
+    a.line.groups = int(ceil_div(a.rows, MLA_ROWS * CLUSTER));
+    a.parts = int(max64(most / CLUSTER, 1));
+    a.slot_rows = int(min64(a.rows, MLA_ROWS * CLUSTER));
+    const int64_t slots = int64_t(a.parts) * 2;
+    a.cuts = reinterpret_cast<int4*>(a.partial);
+    a.partial = reinterpret_cast<float*>(a.cuts + a.parts);
+    a.totals = reinterpret_cast<float2*>(a.partial + slots * a.slot_rows * 512);
+    a.policy = a.line.groups == 1 ? EVICT_FIRST : EVICT_NORMAL;
+    const CUtensorMap queries = bf16_rows(q, int64_t(a.line.b) * a.rows, MLA_ROWS);
+    CUtensorMap keys = {};
+    if (CACHE == Cache::paged_tma) keys = bf16_rows(a.cache, int64_t(a.p) * a.page, MLA_KEYS / CLUSTER);
+    const Grid grid = {dim3(unsigned(a.parts * CLUSTER)), 512, MLA_SHARED, CLUSTER};
+    launch<mla_decode_kernel<CACHE, CLUSTER>>("mla_decode_sm90", grid, stream, queries, keys, a);
+    if (a.parts == 1) return;
+    const int64_t items = int64_t(a.line.b) * a.line.groups;
+    const int ways = items * 8 <= a.parts ? 4 : 1;  // few items: each in many parts
+    const int64_t rows = ceil_div(a.slot_rows, 4 / ways);
+    const dim3 blocks(unsigned(min64(items, a.parts)), unsigned(a.all_items() ? rows : min64(rows, 8)));
+    launch<mla_join_kernel>("mla_decode_sm90", Grid{blocks, 512, size_t(512 * 16 + 16 * 4 * a.parts)}, stream, a, CLUSTER, ways);
+}
+
+#ifdef KN_ON_CPU
+static __global__ void mla_ways_kernel(const MlaLine line, int parts, MlaWalk* to) {
+    const MlaWalk walk = mla_start(line, parts, int(blockIdx.x), int(threadIdx.x));
+    if (threadIdx.x == 0) to[blockIdx.x] = walk;
+}
+std::vector<MlaWalk> mla_ways(const MlaLine& line, int parts) {
+    std::vector<MlaWalk> all(static_cast<size_t>(parts));
+    launch<mla_ways_kernel>("mla_ways", Grid{dim3(unsigned(parts)), 32}, nullptr, line, parts, all.data());
+    return all;
+}
+#endif
 
 void mla_decode_sm90(const MlaDecode& p, cudaStream_t stream) {
-    const int64_t b = p.q.size[0], queries = p.q.size[1], h = p.q.size[2], rows = queries * h;
-    if (b == 0 || rows == 0) return;
-    const int tiles = decode_row_tiles(rows), parts = decode_parts(units(), tiles);
-    int* const ints = p.workspace.as<int>();
-    float* const sums = reinterpret_cast<float*>(ints + decode_ints(b, parts));
-    const DecodeArgs args = {p.q.as<const uint16_t>(), p.kv_cache.as<const uint8_t>(), p.block_table.as<const int>(),
-                             p.seq_lens.as<const int>(), p.sink.as<const float>(), p.out.as<uint16_t>(), p.lse.as<float>(),
-                             sums, sums + int64_t(tiles) * 2 * parts * 64 * 512, ints, ints + b + 1, int(b), int(h), int(rows),
-                             int(p.kv_cache.size[0]), int(p.kv_cache.size[1]), int(p.block_table.size[1]), parts, tiles,
-                             int(queries), decode_keys(p.kv_cache.dtype == Dtype::u8), p.softmax_scale * LOG2E, p.causal};
-    launch<decode_plan_kernel>("mla_decode_sm90", {dim3(1), 32}, stream, args);
-    const dim3 grid = {unsigned(parts), unsigned(tiles)};
-    if (p.kv_cache.dtype == Dtype::u8)
-        launch<decode_kernel<true>>("mla_decode_sm90", {grid, 384, DecodeShape<true>::BYTES}, stream, args);
-    else launch<decode_kernel<false>>("mla_decode_sm90", {grid, 384, DecodeShape<false>::BYTES}, stream, args);
-    launch<decode_merge_kernel>("mla_decode_sm90", {dim3(unsigned(ceil_div(rows, 4)), unsigned(b)), 128}, stream, args);
+    const int64_t b = p.q.size[0], nq = p.q.size[1], h = p.q.size[2], rows = nq * h;
+    const int64_t page = p.kv_cache.size[1], n = p.block_table.size[1];
+    if (b * rows == 0) return;
+    MlaArgs a = {};
+    a.cache = p.kv_cache.as<const unsigned char>();
+    a.table = p.block_table.as<const int>();
+    a.line = {p.seq_lens.as<const int>(), int(b), 1, n * page};
+    a.sink = p.sink.as<const float>();
+    a.out = p.out.as<uint16_t>();
+    a.lse = p.lse.as<float>();
+    a.partial = p.workspace.as<float>();
+    a.nq = int(nq), a.h = int(h), a.rows = int(rows), a.p = int(p.kv_cache.size[0]), a.page = int(max64(page, 1)), a.n = int(n);
+    a.factor = p.softmax_scale * LOG2E;
+    a.causal = p.causal;
+    const int64_t blocks = mla_blocks(units(), b, rows, n * page);
+    if (p.kv_cache.dtype == Dtype::u8) run<Cache::fp8, 1>(a, blocks, p.q.data, stream);
+    else if (page % MLA_KEYS || a.p * page == 0) run<Cache::paged, 1>(a, blocks, p.q.data, stream);
+    else if (ceil_div(rows, MLA_ROWS) % 2) run<Cache::paged_tma, 1>(a, blocks, p.q.data, stream);
+    else run<Cache::paged_tma, 2>(a, blocks, p.q.data, stream);
 }
 
 }  // namespace kn::cuda

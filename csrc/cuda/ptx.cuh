@@ -48,11 +48,8 @@ __device__ __forceinline__ void barrier_wait_cluster(uint64_t* bar, uint32_t par
 
 // ---- copies by tensor map; destinations are aligned to 128 bytes (1024 under the 128-byte swizzle)
 
-__device__ __forceinline__ void tma_prefetch(const CUtensorMap* map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
 // Policies of L2 for what is read once, and for what others will read again.
-static constexpr uint64_t EVICT_FIRST = 0x12f0000000000000, EVICT_LAST = 0x14f0000000000000, EVICT_NORMAL = 0x1000000000000000;
+static constexpr uint64_t EVICT_FIRST = 0x12f0000000000000, EVICT_NORMAL = 0x1000000000000000;
 
 __device__ __forceinline__ void tma_load(void* to, const CUtensorMap* map, uint64_t* bar, int c0, int c1,
                                          uint64_t policy = EVICT_NORMAL) {
@@ -60,14 +57,6 @@ __device__ __forceinline__ void tma_load(void* to, const CUtensorMap* map, uint6
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4}], [%2], "
         "%5;" ::"r"(shared_address(to)),
         "l"(map), "r"(shared_address(bar)), "r"(c0), "r"(c1), "l"(policy)
-        : "memory");
-}
-__device__ __forceinline__ void tma_load(void* to, const CUtensorMap* map, uint64_t* bar, int c0, int c1, int c2,
-                                         uint64_t policy = EVICT_NORMAL) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5}], "
-        "[%2], %6;" ::"r"(shared_address(to)),
-        "l"(map), "r"(shared_address(bar)), "r"(c0), "r"(c1), "r"(c2), "l"(policy)
         : "memory");
 }
 // Into the same place of every block in `blocks`, a bit a rank; each block's own barrier counts the bytes.
@@ -79,23 +68,10 @@ __device__ __forceinline__ void tma_load_multicast(void* to, const CUtensorMap* 
         "l"(map), "r"(shared_address(bar)), "r"(c0), "r"(c1), "h"(blocks), "l"(policy)
         : "memory");
 }
-// `bytes` (a multiple of 16, both ends aligned to 16) of global memory.
-__device__ __forceinline__ void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* bar,
-                                          uint64_t policy = EVICT_NORMAL) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-            shared_address(to)),
-        "l"(from), "r"(bytes), "r"(shared_address(bar)), "l"(policy)
-        : "memory");
+// `bytes` (a multiple of 16, aligned to 16) of global memory into L2.
+__device__ __forceinline__ void prefetch_l2(const void* from, uint32_t bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
-// Stores of this thread: tma_store, then tma_store_commit, then tma_store_wait before the shared memory is written again.
-__device__ __forceinline__ void tma_store(const CUtensorMap* map, const void* from, int c0, int c1) {
-    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
-                 "r"(shared_address(from)), "r"(c0), "r"(c1)
-                 : "memory");
-}
-__device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-__device__ __forceinline__ void tma_store_wait() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
 // Written by threads before, read by the copy engine or the tensor cores after.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -114,8 +90,6 @@ __device__ __forceinline__ void cp_async4(void* to, const void* from, bool valid
 __device__ __forceinline__ void cp_async_arrive(uint64_t* bar) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(bar)) : "memory");
 }
-__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N> __device__ __forceinline__ void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
 // ---- clusters and parts of a block
 
@@ -124,11 +98,8 @@ __device__ __forceinline__ uint32_t cluster_rank() {
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
     return r;
 }
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_sync() {
-    cluster_arrive();
-    cluster_wait();
+    asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 // The same place in the shared memory of another block of the cluster.
 template <class T> __device__ __forceinline__ T* cluster_map(T* p, int rank) {
@@ -140,9 +111,6 @@ template <class T> __device__ __forceinline__ T* cluster_map(T* p, int rank) {
 __device__ __forceinline__ void part_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-__device__ __forceinline__ void part_arrive(int id, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
 // Registers that a warpgroup gives away or takes; the bound of the kernel's launch fixes the sum.
 template <int N> __device__ __forceinline__ void registers_less() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
@@ -152,12 +120,6 @@ template <int N> __device__ __forceinline__ void registers_more() {
 }
 // The same value in all lanes, known to the compiler to be so.
 __device__ __forceinline__ int uniform(int v) { return __shfl_sync(0xffffffff, v, 0); }
-// True in one lane of a converged warp.
-__device__ __forceinline__ bool elect_one() {
-    uint32_t p;
-    asm volatile("{ .reg .pred chosen; elect.sync _|chosen, 0xffffffff; selp.u32 %0, 1, 0, chosen; }" : "=r"(p));
-    return p != 0;
-}
 
 // ---- matrix products of a warpgroup: fence, products, commit, wait; the accumulators are not to be touched in between
 
@@ -182,20 +144,10 @@ template <int N> __device__ __forceinline__ void hold(float (&d)[N]) {
 #define KN_R5 "%40, %41, %42, %43, %44, %45, %46, %47"
 #define KN_R6 "%48, %49, %50, %51, %52, %53, %54, %55"
 #define KN_R7 "%56, %57, %58, %59, %60, %61, %62, %63"
-#define KN_R8 "%64, %65, %66, %67, %68, %69, %70, %71"
-#define KN_R9 "%72, %73, %74, %75, %76, %77, %78, %79"
-#define KN_R10 "%80, %81, %82, %83, %84, %85, %86, %87"
-#define KN_R11 "%88, %89, %90, %91, %92, %93, %94, %95"
-#define KN_R12 "%96, %97, %98, %99, %100, %101, %102, %103"
-#define KN_R13 "%104, %105, %106, %107, %108, %109, %110, %111"
-#define KN_R14 "%112, %113, %114, %115, %116, %117, %118, %119"
-#define KN_R15 "%120, %121, %122, %123, %124, %125, %126, %127"
 #define KN_D(i) \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define KN_NAMES_8 "%0, %1, %2, %3"
 #define KN_OUT_8 "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-#define KN_NAMES_24 KN_R0 ", %8, %9, %10, %11"
-#define KN_OUT_24 KN_D(0), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11])
 #define KN_NAMES_16 KN_R0
 #define KN_OUT_16 KN_D(0)
 #define KN_NAMES_32 KN_NAMES_16 ", " KN_R1
@@ -212,22 +164,6 @@ template <int N> __device__ __forceinline__ void hold(float (&d)[N]) {
 #define KN_OUT_112 KN_OUT_96, KN_D(48)
 #define KN_NAMES_128 KN_NAMES_112 ", " KN_R7
 #define KN_OUT_128 KN_OUT_112, KN_D(56)
-#define KN_NAMES_144 KN_NAMES_128 ", " KN_R8
-#define KN_OUT_144 KN_OUT_128, KN_D(64)
-#define KN_NAMES_160 KN_NAMES_144 ", " KN_R9
-#define KN_OUT_160 KN_OUT_144, KN_D(72)
-#define KN_NAMES_176 KN_NAMES_160 ", " KN_R10
-#define KN_OUT_176 KN_OUT_160, KN_D(80)
-#define KN_NAMES_192 KN_NAMES_176 ", " KN_R11
-#define KN_OUT_192 KN_OUT_176, KN_D(88)
-#define KN_NAMES_208 KN_NAMES_192 ", " KN_R12
-#define KN_OUT_208 KN_OUT_192, KN_D(96)
-#define KN_NAMES_224 KN_NAMES_208 ", " KN_R13
-#define KN_OUT_224 KN_OUT_208, KN_D(104)
-#define KN_NAMES_240 KN_NAMES_224 ", " KN_R14
-#define KN_OUT_240 KN_OUT_224, KN_D(112)
-#define KN_NAMES_256 KN_NAMES_240 ", " KN_R15
-#define KN_OUT_256 KN_OUT_240, KN_D(120)
 #define KN_WGMMA(N, K, TYPES, A, B, P, MORE, ...)                                                                     \
     asm volatile("{ .reg .pred p; setp.ne.b32 p, " P ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k" #K ".f32." TYPES \
                  " {" KN_NAMES_##N "}, " A ", " B ", p, 1, 1" MORE "; }"                                              \
@@ -245,17 +181,11 @@ template <int N> __device__ __forceinline__ void hold(float (&d)[N]) {
 template <int N> __device__ __forceinline__ void wgmma_e4m3(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
     if constexpr (N == 8) KN_E4M3(8, "%4", "%5", "%6");
     else if constexpr (N == 16) KN_E4M3(16, "%8", "%9", "%10");
-    else if constexpr (N == 24) KN_E4M3(24, "%12", "%13", "%14");
     else if constexpr (N == 32) KN_E4M3(32, "%16", "%17", "%18");
-    else if constexpr (N == 48) KN_E4M3(48, "%24", "%25", "%26");
     else if constexpr (N == 64) KN_E4M3(64, "%32", "%33", "%34");
-    else if constexpr (N == 80) KN_E4M3(80, "%40", "%41", "%42");
     else if constexpr (N == 96) KN_E4M3(96, "%48", "%49", "%50");
     else if constexpr (N == 112) KN_E4M3(112, "%56", "%57", "%58");
     else if constexpr (N == 128) KN_E4M3(128, "%64", "%65", "%66");
-    else if constexpr (N == 160) KN_E4M3(160, "%80", "%81", "%82");
-    else if constexpr (N == 192) KN_E4M3(192, "%96", "%97", "%98");
-    else if constexpr (N == 256) KN_E4M3(256, "%128", "%129", "%130");
     else static_assert(N < 0, "no such tile");
 }
 
@@ -264,17 +194,11 @@ template <int N, bool columns = false>
 __device__ __forceinline__ void wgmma_bf16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
     if constexpr (N == 8) KN_BF16(8, "%4", "%5", "%6", "%7");
     else if constexpr (N == 16) KN_BF16(16, "%8", "%9", "%10", "%11");
-    else if constexpr (N == 24) KN_BF16(24, "%12", "%13", "%14", "%15");
     else if constexpr (N == 32) KN_BF16(32, "%16", "%17", "%18", "%19");
-    else if constexpr (N == 48) KN_BF16(48, "%24", "%25", "%26", "%27");
     else if constexpr (N == 64) KN_BF16(64, "%32", "%33", "%34", "%35");
-    else if constexpr (N == 80) KN_BF16(80, "%40", "%41", "%42", "%43");
     else if constexpr (N == 96) KN_BF16(96, "%48", "%49", "%50", "%51");
     else if constexpr (N == 112) KN_BF16(112, "%56", "%57", "%58", "%59");
     else if constexpr (N == 128) KN_BF16(128, "%64", "%65", "%66", "%67");
-    else if constexpr (N == 160) KN_BF16(160, "%80", "%81", "%82", "%83");
-    else if constexpr (N == 192) KN_BF16(192, "%96", "%97", "%98", "%99");
-    else if constexpr (N == 256) KN_BF16(256, "%128", "%129", "%130", "%131");
     else static_assert(N < 0, "no such tile");
 }
 
@@ -284,17 +208,11 @@ template <int N, bool columns = false>
 __device__ __forceinline__ void wgmma_bf16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
     if constexpr (N == 8) KN_BF16_HELD(8, "{%4, %5, %6, %7}", "%8", "%9", "%10");
     else if constexpr (N == 16) KN_BF16_HELD(16, "{%8, %9, %10, %11}", "%12", "%13", "%14");
-    else if constexpr (N == 24) KN_BF16_HELD(24, "{%12, %13, %14, %15}", "%16", "%17", "%18");
     else if constexpr (N == 32) KN_BF16_HELD(32, "{%16, %17, %18, %19}", "%20", "%21", "%22");
-    else if constexpr (N == 48) KN_BF16_HELD(48, "{%24, %25, %26, %27}", "%28", "%29", "%30");
     else if constexpr (N == 64) KN_BF16_HELD(64, "{%32, %33, %34, %35}", "%36", "%37", "%38");
-    else if constexpr (N == 80) KN_BF16_HELD(80, "{%40, %41, %42, %43}", "%44", "%45", "%46");
     else if constexpr (N == 96) KN_BF16_HELD(96, "{%48, %49, %50, %51}", "%52", "%53", "%54");
     else if constexpr (N == 112) KN_BF16_HELD(112, "{%56, %57, %58, %59}", "%60", "%61", "%62");
     else if constexpr (N == 128) KN_BF16_HELD(128, "{%64, %65, %66, %67}", "%68", "%69", "%70");
-    else if constexpr (N == 160) KN_BF16_HELD(160, "{%80, %81, %82, %83}", "%84", "%85", "%86");
-    else if constexpr (N == 192) KN_BF16_HELD(192, "{%96, %97, %98, %99}", "%100", "%101", "%102");
-    else if constexpr (N == 256) KN_BF16_HELD(256, "{%128, %129, %130, %131}", "%132", "%133", "%134");
     else static_assert(N < 0, "no such tile");
 }
 

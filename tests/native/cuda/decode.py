@@ -9,33 +9,44 @@ from kernomics.chip import FAMILIES
 from kernomics.contract import Case
 from kernomics.numerics import BF16_WEIGHTS
 
-FIXED = 5  # cost of a sequence beside its blocks of keys
+GAP = 2  # cost of a sequence and group of rows beside its tiles of 64 keys
 OP = OPS["mla_decode"]
 KERNEL = next(k for k in OP.kernels if k.name == "cuda")
 
 
 def test_shares():
-    """Every block of keys once, in order; pieces that share a sequence in slots of their own; no part above its share."""
+    """Every tile of keys once, in order; an item cut by the ends of parts alone, its pieces in slots of their own where the
+    kernel that joins them looks; no part above its share, 4 % more where that cuts no item."""
     rng = np.random.default_rng(0)
-    for keys, parts in itertools.product((48, 64), (1, 2, 3, 66, 132)):
-        for lens in ([], [0], [1], [64, 0, 65], [40000], [0] * 300, rng.integers(0, 9000, 130),
+    for groups, parts in itertools.product((1, 3), (1, 2, 3, 66, 132)):
+        for lens in ([], [0], [1], [64, 0, 65], [40000], [0] * 300, [4096] * 128, rng.integers(0, 9000, 130),
                      [3, *rng.integers(0, 200, 40), 30000, 0]):
             lens = [int(n) for n in lens]
-            blocks = [-(-n // keys) for n in lens]
-            shares = _cuda.decode_parts(lens, keys, parts)
-            cost, slots = np.zeros(parts, int), []
-            for n, pieces in zip(blocks, shares):
-                at = 0
-                for part, first, end, slot in pieces:
-                    assert first == at and end > first and (slot < 0) == (len(pieces) == 1)
-                    at = end
-                    cost[part] += end - first
-                    slots += [slot] if slot >= 0 else []
-                assert at == n
-                assert [p[0] for p in pieces] == list(range(pieces[0][0], pieces[0][0] + len(pieces))) if pieces else True
-            assert len(set(slots)) == len(slots) and all(0 <= s < 2 * parts for s in slots)
-            stretch = max(1, -(-(sum(blocks) + FIXED * len(lens)) // parts))
-            assert cost.max() <= stretch, "a part does more than its share"
+            tiles = [max(1, -(-n // 64)) for n in lens]
+            items, slots = {}, []
+            shares = _cuda.decode_segments(lens, groups, 1 << 20, parts)
+            assert len(shares) == parts
+            for part, share in enumerate(shares):
+                for seq, group, first, last, whole, slot in share:
+                    assert first < last
+                    items.setdefault((seq, group), []).append((part, first, last, whole, slot))
+            assert list(items) == list(itertools.product(range(len(lens)), range(groups)))
+            for (seq, _), pieces in items.items():
+                assert [p[1] for p in pieces] + [tiles[seq]] == [0] + [p[2] for p in pieces]
+                assert [p[0] for p in pieces] == list(range(pieces[0][0], pieces[0][0] + len(pieces)))
+                assert all(whole == (len(pieces) == 1) for *_, whole, _ in pieces)
+                if len(pieces) > 1:
+                    assert [p[4] for p in pieces] == [2 * p[0] + (i == 0) for i, p in enumerate(pieces)]
+                    slots += [p[4] for p in pieces]
+            assert len(set(slots)) == len(slots)
+            most = max((sum(s[3] - s[2] for s in share) for share in shares), default=0)
+            even = -(-groups * sum(n + GAP for n in tiles) // parts)
+            assert most <= even * 1.04, "a part does more than its share"
+
+
+def test_lengths_beyond_the_table():
+    """A length that the block table has no room for is cut to it, a negative one is none."""
+    assert [s[3] for s in _cuda.decode_segments([10**6, -5], 1, 130, 1)[0]] == [3, 1]
 
 
 def run(inputs, scalars, schedule):
@@ -51,9 +62,10 @@ def run(inputs, scalars, schedule):
 
 
 def test_long_sequences():
-    """Sequences over many parts, several tiles of rows, pages of every kind, both caches."""
+    """Sequences over many parts, several tiles of rows, alone and two a cluster, pages of every kind, both caches."""
     for kind, (page, b, q, h, lens) in itertools.product(("bf16", "u8"), [
-            (1, 2, 1, 16, (1500, 700)), (48, 1, 2, 70, (900,)), (64, 3, 1, 64, (400, 0, 1200))]):
+            (1, 2, 1, 16, (1500, 700)), (48, 1, 2, 70, (900,)), (64, 3, 1, 64, (400, 0, 1200)), (64, 2, 1, 128, (700, 129)),
+            (128, 1, 4, 40, (330,)), (64, 2, 4, 64, (0, 259))]):
         pages = sum(-(-n // page) for n in lens) + 2
         case = Case(b=b, q=q, h=h, lens=lens, page=page, p=pages, n=-(-max(lens) // page), softmax_scale=0.05, kv_cache=kind,
                     sink="f32")

@@ -89,8 +89,7 @@ struct Fiber {
     uint64_t slot[2];                                   // what a shuffle hands over
     std::vector<std::vector<Product>> groups;           // wgmma committed and not yet done
     std::vector<Product> open;                          // wgmma issued since the last commit
-    std::vector<std::function<void()>> stores, copies;  // copies not yet carried out
-    bool uncommitted = false;
+    std::vector<std::function<void()>> copies;  // cp_async not yet carried out
     char* stack;
 };
 struct Block {
@@ -135,12 +134,12 @@ template <class F> void wait_until(const char* what, F condition) {
     f.what = what;
     leave();
 }
-inline void meet(Group& g, int threads, const char* what, bool wait = true) {
+inline void meet(Group& g, int threads, const char* what) {
     const uint64_t turn = g.turn;
     if (++g.arrived == threads) {
         g.arrived = 0;
         ++g.turn;
-    } else if (wait) {
+    } else {
         wait_until(what, [&g, turn] { return g.turn != turn; });
     }
 }
@@ -156,7 +155,7 @@ inline void entry() {
     try {
         machine()->body();
         if (!f.open.empty() || !f.groups.empty()) fail("a thread ends with products under way");
-        if (f.uncommitted || !f.stores.empty() || !f.copies.empty()) fail("a thread ends with copies that nothing waits for");
+        if (!f.copies.empty()) fail("a thread ends with copies that nothing waits for");
     } catch (const std::exception& e) {
         machine()->failure = e.what();
     }
@@ -169,9 +168,9 @@ inline void run_cluster() {
     std::vector<Fiber*> order;
     for (auto& b : m.cluster)
         for (auto& f : b->fibers) {
-            f.done = f.uncommitted = false;
+            f.done = false;
             f.ready = nullptr;
-            f.groups.clear(), f.open.clear(), f.stores.clear(), f.copies.clear();
+            f.groups.clear(), f.open.clear(), f.copies.clear();
             getcontext(&f.context);
             f.context.uc_stack.ss_sp = f.stack;
             f.context.uc_stack.ss_size = STACK;
@@ -298,31 +297,28 @@ template <class T, class F> T over_lanes(T v, unsigned mask, T start, F join) {
 
 struct Map {
     unsigned char* base;
-    uint64_t dims[3], strides[3];  // strides in bytes
-    uint32_t box[3];
-    int rank, item;
+    uint64_t dims[2], stride;  // of rows, in bytes
+    uint32_t box[2];
+    int item;
     bool swizzle;
 };
 static_assert(sizeof(Map) <= sizeof(CUtensorMap));
 inline Map& open(const CUtensorMap* map) { return *reinterpret_cast<Map*>(const_cast<CUtensorMap*>(map)); }
-inline uint32_t box_bytes(const Map& m) { return m.box[0] * m.box[1] * m.box[2] * uint32_t(m.item); }
+inline uint32_t box_bytes(const Map& m) { return m.box[0] * m.box[1] * uint32_t(m.item); }
 
-// Between a box of the tensor at `c` and shared memory at `to` of block `b`.
-inline void move_box(const Map& m, Block& b, uint32_t address, const int* c, bool store) {
+// A box of the tensor at (c0, c1) to shared memory at `address` of block `b`; zeros outside of the tensor.
+inline void copy_box(const Map& m, Block& b, uint32_t address, int c0, int c1) {
     unsigned char* shared = b.shared() - BASE;
     uint32_t at = address;
-    for (uint32_t z = 0; z < m.box[2]; ++z)
-        for (uint32_t y = 0; y < m.box[1]; ++y)
-            for (uint32_t x = 0; x < m.box[0]; ++x, at += uint32_t(m.item)) {
-                const int64_t i = int64_t(c[0]) + x, j = int64_t(c[1]) + y, k = int64_t(c[2]) + z;
-                const bool inside =
-                    i >= 0 && j >= 0 && k >= 0 && uint64_t(i) < m.dims[0] && uint64_t(j) < m.dims[1] && uint64_t(k) < m.dims[2];
-                unsigned char* s = shared + (m.swizzle ? swizzle128(at) : at);
-                unsigned char* g = m.base + i * m.item + j * int64_t(m.strides[1]) + k * int64_t(m.strides[2]);
-                if (store && inside) std::memcpy(g, s, size_t(m.item));
-                if (!store && inside) std::memcpy(s, g, size_t(m.item));
-                if (!store && !inside) std::memset(s, 0, size_t(m.item));
-            }
+    for (uint32_t y = 0; y < m.box[1]; ++y)
+        for (uint32_t x = 0; x < m.box[0]; ++x, at += uint32_t(m.item)) {
+            const int64_t i = int64_t(c0) + x, j = int64_t(c1) + y;
+            unsigned char* s = shared + (m.swizzle ? swizzle128(at) : at);
+            if (i >= 0 && j >= 0 && uint64_t(i) < m.dims[0] && uint64_t(j) < m.dims[1])
+                std::memcpy(s, m.base + i * m.item + j * int64_t(m.stride), size_t(m.item));
+            else
+                std::memset(s, 0, size_t(m.item));
+        }
 }
 
 // ---- barriers: pending arrivals and bytes of a phase
@@ -497,26 +493,21 @@ inline CUtensorMap tensor_map(CUtensorMapDataType type, const void* base, int ra
     CUtensorMap map;
     cpu::Map& m = *reinterpret_cast<cpu::Map*>(&map);
     auto refuse = [](const char* why) { throw std::runtime_error(std::string("tensor map refused: ") + why); };
-    if (rank < 2 || rank > 3) refuse("two or three dims are known here");
+    if (rank != 2) refuse("two dims are known here");
     m = {};
     m.base = static_cast<unsigned char*>(const_cast<void*>(base));
-    m.rank = rank;
-    m.item = type == CU_TENSOR_MAP_DATA_TYPE_UINT8      ? 1
-             : type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 ? 2
-             : type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32  ? 4
-                                                        : 0;
+    m.item = type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 ? 2 : 0;
+    m.stride = strides[0];
     m.swizzle = swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
     if (!m.item) refuse("this type is not known here");
     if (!m.swizzle && swizzle != CU_TENSOR_MAP_SWIZZLE_NONE) refuse("this swizzle is not known here");
     if (reinterpret_cast<uintptr_t>(base) % 16) refuse("the address is not a multiple of 16");
-    for (int i = 0; i < 3; ++i) {
-        m.dims[i] = i < rank ? dims[i] : 1;
-        m.box[i] = i < rank ? box[i] : 1;
-        m.strides[i] = i == 0 ? uint64_t(m.item) : i < rank ? strides[i - 1] : 0;
+    if (m.stride % 16 || m.stride >= uint64_t(1) << 40) refuse("a stride is not a multiple of 16 below 2^40");
+    for (int i = 0; i < 2; ++i) {
+        m.dims[i] = dims[i];
+        m.box[i] = box[i];
         if (m.dims[i] < 1 || m.dims[i] > uint64_t(1) << 32) refuse("a dim is not in 1 to 2^32");
         if (m.box[i] < 1 || m.box[i] > 256) refuse("a box is not in 1 to 256");
-        if (i && i < rank && (m.strides[i] % 16 || m.strides[i] >= uint64_t(1) << 40))
-            refuse("a stride is not a multiple of 16 below 2^40");
     }
     if (m.box[0] * uint32_t(m.item) % 16) refuse("a box's rows are not multiples of 16 bytes");
     if (m.swizzle && m.box[0] * uint32_t(m.item) > 128) refuse("a swizzled row is longer than 128 bytes");
@@ -539,8 +530,7 @@ inline void barrier_wait(uint64_t* bar, uint32_t parity) {
 }
 inline void barrier_wait_cluster(uint64_t* bar, uint32_t parity) { barrier_wait(bar, parity); }
 
-static constexpr uint64_t EVICT_FIRST = 0x12f0000000000000, EVICT_LAST = 0x14f0000000000000, EVICT_NORMAL = 0x1000000000000000;
-inline void tma_prefetch(const CUtensorMap*) {}
+static constexpr uint64_t EVICT_FIRST = 0x12f0000000000000, EVICT_NORMAL = 0x1000000000000000;
 
 template <class T> T* cluster_map(T* p, int rank) {
     cpu::Block& b = *cpu::machine()->cluster.at(size_t(rank));
@@ -549,7 +539,7 @@ template <class T> T* cluster_map(T* p, int rank) {
 inline void barrier_arrive_remote(uint64_t* bar, int rank) { cpu::arrive(cluster_map(bar, rank)); }
 
 namespace cpu {
-inline void load(void* to, const CUtensorMap* map, uint64_t* bar, int c0, int c1, int c2, uint16_t blocks) {
+inline void load(void* to, const CUtensorMap* map, uint64_t* bar, int c0, int c1, uint16_t blocks) {
     const Map m = open(map);
     const uint32_t address = shared_address(to);
     if (address % (m.swizzle ? 1024 : 128)) fail("a copy's destination is not aligned");
@@ -559,9 +549,8 @@ inline void load(void* to, const CUtensorMap* map, uint64_t* bar, int c0, int c1
             Block* b = machine()->cluster.at(size_t(r)).get();
             uint64_t* there = cluster_map(bar, r);
             auto land = [=] {
-                const int c[3] = {c0, c1, c2};
                 if (b->alive == 0) throw std::runtime_error("a copy lands in a block that has ended");
-                move_box(m, *b, address, c, false);
+                copy_box(m, *b, address, c0, c1);
                 landed(there, box_bytes(m));
             };
             if (eager()) land();
@@ -571,46 +560,17 @@ inline void load(void* to, const CUtensorMap* map, uint64_t* bar, int c0, int c1
 }  // namespace cpu
 
 inline void tma_load(void* to, const CUtensorMap* map, uint64_t* bar, int c0, int c1, uint64_t = EVICT_NORMAL) {
-    if (cpu::open(map).rank != 2) cpu::fail("two coordinates for a map of three dims");
-    cpu::load(to, map, bar, c0, c1, 0, uint16_t(1 << cpu::here().rank));
-}
-inline void tma_load(void* to, const CUtensorMap* map, uint64_t* bar, int c0, int c1, int c2, uint64_t = EVICT_NORMAL) {
-    if (cpu::open(map).rank != 3) cpu::fail("three coordinates for a map of two dims");
-    cpu::load(to, map, bar, c0, c1, c2, uint16_t(1 << cpu::here().rank));
+    cpu::load(to, map, bar, c0, c1, uint16_t(1 << cpu::here().rank));
 }
 inline void tma_load_multicast(void* to, const CUtensorMap* map, uint64_t* bar, int c0, int c1, uint16_t blocks,
                                uint64_t = EVICT_NORMAL) {
-    cpu::load(to, map, bar, c0, c1, 0, blocks);
+    cpu::load(to, map, bar, c0, c1, blocks);
 }
-inline void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* bar, uint64_t = EVICT_NORMAL) {
-    if (bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16 || shared_address(to) % 16)
-        cpu::fail("bulk_load: not multiples of 16");
-    cpu::Block* b = &cpu::here();
-    auto land = [=] {
-        if (b->alive == 0) throw std::runtime_error("a copy lands in a block that has ended");
-        std::memcpy(to, from, bytes);
-        cpu::landed(bar, bytes);
-    };
-    if (cpu::eager()) land();
-    else cpu::machine()->flying.push_back(land);
+inline void prefetch_l2(const void* from, uint32_t bytes) {
+    if (bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16) cpu::fail("prefetch_l2: not multiples of 16");
+    for (uint32_t i = 0; i < bytes; ++i)  // such memory must be there
+        static_cast<void>(static_cast<const volatile unsigned char*>(from)[i]);
 }
-inline void tma_store(const CUtensorMap* map, const void* from, int c0, int c1) {
-    const cpu::Map m = cpu::open(map);
-    const uint32_t address = shared_address(from);
-    if (address % (m.swizzle ? 1024 : 128)) cpu::fail("a store's source is not aligned");
-    cpu::Block* b = &cpu::here();
-    cpu::me().uncommitted = true;
-    cpu::me().stores.push_back([=] {
-        const int c[3] = {c0, c1, 0};
-        cpu::move_box(m, *b, address, c, true);
-    });
-}
-inline void tma_store_wait() {
-    if (cpu::me().uncommitted) cpu::fail("a wait for stores that were not committed");
-    for (auto& store : cpu::me().stores) store();
-    cpu::me().stores.clear();
-}
-inline void tma_store_commit() { cpu::me().uncommitted = false; }
 inline void fence_async() {}
 
 namespace cpu {
@@ -633,27 +593,14 @@ inline void cp_async_arrive(uint64_t* bar) {
     if (cpu::eager()) land();
     else cpu::machine()->flying.push_back(land);
 }
-inline void cp_async_commit() {}
-template <int N> void cp_async_wait() {
-    static_assert(N == 0, "only a wait for all copies is known here");
-    for (auto& copy : cpu::me().copies) copy();
-    cpu::me().copies.clear();
-}
-
 inline uint32_t cluster_rank() { return uint32_t(cpu::here().rank); }
 inline void cluster_sync() {
     cpu::meet(cpu::machine()->meet, int(cpu::machine()->cluster.size()) * cpu::here().threads, "cluster_sync");
 }
 inline void part_sync(int id, int threads) { cpu::meet(cpu::here().groups[uint64_t(id)], threads, "part_sync"); }
-inline void part_arrive(int id, int threads) { cpu::meet(cpu::here().groups[uint64_t(id)], threads, "part_sync", false); }
 inline int uniform(int v) { return v; }
 template <int N> void registers_less() { static_assert(N % 8 == 0 && N >= 24 && N <= 256); }
 template <int N> void registers_more() { static_assert(N % 8 == 0 && N >= 24 && N <= 256); }
-inline bool elect_one() {
-    cpu::sync_warp();
-    return (cpu::me().index & 31) == 0;
-}
-
 inline void wgmma_fence() {}
 inline void wgmma_commit() {
     cpu::me().groups.push_back(std::move(cpu::me().open));
@@ -711,8 +658,6 @@ inline float reciprocal_fast(float x) { return std::fabs(x) > 0x1p126f ? std::co
 
 inline void __syncthreads() { kn::cuda::cpu::sync_threads(); }
 inline void __syncwarp(unsigned mask = ~0u) { kn::cuda::cpu::sync_warp(mask); }
-inline void __threadfence() {}
-inline void __threadfence_block() {}
 template <class T> T __shfl_sync(unsigned mask, T v, int lane) { return kn::cuda::cpu::from_lane(v, lane, mask); }
 template <class T> T __shfl_xor_sync(unsigned mask, T v, int by) {
     return kn::cuda::cpu::from_lane(v, (kn::cuda::cpu::me().index & 31) ^ by, mask);
@@ -721,16 +666,11 @@ template <class T> T __shfl_up_sync(unsigned mask, T v, int by) {
     const int lane = kn::cuda::cpu::me().index & 31;
     return kn::cuda::cpu::from_lane(v, lane >= by ? lane - by : lane, mask);
 }
-template <class T> T __shfl_down_sync(unsigned mask, T v, int by) {
-    const int lane = kn::cuda::cpu::me().index & 31;
-    return kn::cuda::cpu::from_lane(v, lane + by < 32 ? lane + by : lane, mask);
-}
 inline unsigned __ballot_sync(unsigned mask, int p) {
     return kn::cuda::cpu::over_lanes<int>(p != 0, mask, 0,
                                           [](int all, int one, int i) { return int(unsigned(all) | unsigned(one) << i); });
 }
 inline int __any_sync(unsigned mask, int p) { return __ballot_sync(mask, p) != 0; }
-inline int __all_sync(unsigned mask, int p) { return __ballot_sync(mask, p) == mask; }
 inline int __reduce_add_sync(unsigned mask, int v) {
     return kn::cuda::cpu::over_lanes<int>(v, mask, 0, [](int all, int one, int) { return all + one; });
 }
@@ -762,14 +702,8 @@ inline int __reduce_min_sync(unsigned mask, int v) {
 inline unsigned __vmaxu2(unsigned a, unsigned b) { return std::max(a & 0xffff, b & 0xffff) | std::max(a >> 16, b >> 16) << 16; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __frcp_rn(float a) { return 1.0f / a; }
-inline float __fmul_rn(float a, float b) { return a * b; }
-inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 template <class T> T __ldg(const T* p) { return *p; }
-template <class T> T __ldcs(const T* p) { return *p; }
-template <class T> T __ldcg(const T* p) { return *p; }
-template <class T> void __stcs(T* p, T v) { *p = v; }
-template <class T> void __stcg(T* p, T v) { *p = v; }
 template <class T> T atomicAdd(T* p, T v) { return kn::cuda::cpu::atomic(p, v); }
 using std::max;
 using std::min;
