@@ -35,7 +35,7 @@ def nvcc():
 def short(names):
     """Mangled name -> its name and template arguments, without namespaces and parameters."""
     plain = run("c++filt", text="\n".join(names)).splitlines()
-    plain = [p.replace("unsigned short", "bf16") for p in plain]
+    plain = [re.sub(r"\([\w:]+\)(?=\d)", "", p.replace("unsigned short", "bf16")) for p in plain]  # (Enum)0 is 0
     return {n: re.sub(r"\(.*", "", re.sub(r"kn::cuda::|\(anonymous namespace\)::|^void ", "", p)) for n, p in zip(names, plain)}
 
 
