@@ -1,5 +1,6 @@
 // Runs a check.py in an embedded interpreter, with the instrumented kernels as kernomics._cpu or kernomics._cuda.
 #include <cstdlib>
+#include <filesystem>
 
 #include "embed.h"
 
@@ -24,6 +25,8 @@ int main(int argc, char** argv) {
 #else
         py::module_::import("sys").attr("modules")["kernomics._cpu"] = py::module_::import("_cpu");
 #endif
+        // As `python check.py` would: what lies beside the script can be imported.
+        py::module_::import("sys").attr("path").attr("insert")(0, std::filesystem::path(argv[1]).parent_path().string());
         py::dict scope;
         scope["OPS_TO_CHECK"] = ops;
         scope["__file__"] = argv[1];

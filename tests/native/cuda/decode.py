@@ -3,15 +3,13 @@
 import itertools
 
 import numpy as np
+from emulator import bits, defined, judge, run_tests, start
 
 from kernomics import OPS, _cuda, numpy_ops
-from kernomics.chip import FAMILIES
 from kernomics.contract import Case
-from kernomics.numerics import BF16_WEIGHTS
 
 GAP = 2  # cost of a sequence and group of rows beside its tiles of 64 keys
 OP = OPS["mla_decode"]
-KERNEL = next(k for k in OP.kernels if k.name == "cuda")
 
 
 def test_shares():
@@ -49,18 +47,6 @@ def test_lengths_beyond_the_table():
     assert [s[3] for s in _cuda.decode_segments([10**6, -5], 1, 130, 1)[0]] == [3, 1]
 
 
-def run(inputs, scalars, schedule):
-    _cuda.schedule(*schedule)
-    dims, codes, values, _ = OP.bind(*inputs.values(), *scalars.values())
-    outs = [np.empty(shape, numpy_ops._BY_CODE[code]) for shape, _, code in OP.shapes(dims, codes, values)]
-    space = np.empty(KERNEL.workspace(dims, FAMILIES["sm90"]), np.uint8)
-    for x in (*outs, space):
-        x.view(np.uint8)[...] = 0xFF
-    views = [numpy_ops.ABSENT if x is None else numpy_ops._view(x) for x in (*inputs.values(), *outs, space)]
-    KERNEL.load()(*views, *numpy_ops.scalar_codes(OP, values), 0)
-    return outs
-
-
 def test_long_sequences():
     """Sequences over many parts, several tiles of rows, alone and two a cluster, pages of every kind, both caches."""
     for kind, (page, b, q, h, lens) in itertools.product(("bf16", "u8"), [
@@ -70,15 +56,13 @@ def test_long_sequences():
         case = Case(b=b, q=q, h=h, lens=lens, page=page, p=pages, n=-(-max(lens) // page), softmax_scale=0.05, kv_cache=kind,
                     sink="f32")
         inputs, scalars = numpy_ops.sample(OP, case)
-        want = OP.define(**inputs, **scalars)
+        want = defined(OP, inputs, scalars)
         got = set()
         for schedule in ((24, 0, 1.0), (24, 1, 0.0), (5, 2, 0.5)):
-            outs = run(inputs, scalars, schedule)
-            measures = OP.judge(outs, want, inputs | scalars | {"bf16_weights": BF16_WEIGHTS})
-            over = {m: v for m, v in measures.items() if not v[0] <= v[1]}
-            assert not over, f"{case.id} with {schedule}: {over}"
+            outs = start(OP, inputs, scalars, schedule)
+            judge(OP, outs, want, inputs, scalars, f"{case.id} with {schedule}")
             if schedule[0] == 24:
-                got.add(outs[0].tobytes() + outs[1].tobytes())
+                got.add(bits(outs))
         assert len(got) == 1, "other bits with another schedule"
 
 
@@ -87,17 +71,14 @@ def test_broken_tables():
     for kind, page in itertools.product(("bf16", "u8"), (16, 64)):
         case = Case(b=3, q=1, h=8, lens=(100, 130, 90), page=page, p=40, n=-(-130 // page), softmax_scale=0.05, kv_cache=kind)
         inputs, scalars = numpy_ops.sample(OP, case)
-        good = run(inputs, scalars, (24, 1, 0.0))
+        good = start(OP, inputs, scalars, (24, 1, 0.0))
         for wrong in (-1, 40, 2**31 - 1):
             table = inputs["block_table"].copy()
             table[1, 1] = wrong
-            out, lse = run(inputs | {"block_table": table}, scalars, (24, 1, 0.0))
+            out, lse = start(OP, inputs | {"block_table": table}, scalars, (24, 1, 0.0))
             assert np.isnan(out[1].astype(np.float32)).all() and np.isnan(lse[1]).all()
             for i in (0, 2):
                 assert out[i].tobytes() == good[0][i].tobytes() and lse[i].tobytes() == good[1][i].tobytes()
 
 
-for name, test in list(globals().items()):
-    if name.startswith("test_"):
-        test()
-        print(name[5:].replace("_", " "), "hold")
+run_tests(globals())

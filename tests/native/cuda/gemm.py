@@ -3,10 +3,10 @@
 import itertools
 
 import numpy as np
+from emulator import bits, defined, judge, run_tests, start
 
 from kernomics import OPS, _cuda, numpy_ops
 from kernomics.contract import Case
-from kernomics.numerics import TENSOR_CORE, judge_default
 
 LIMIT = 227 * 1024  # bytes of shared memory of a block, and with 1 KiB each for two blocks beside each other
 
@@ -70,16 +70,6 @@ def test_fragments():
     assert places == set(itertools.product(range(64), range(32)))
 
 
-def views(inputs, out):
-    return [numpy_ops._view(x) for x in (*inputs.values(), out)] + [numpy_ops.ABSENT]
-
-
-def judged(op, inputs, out, want, what):
-    measures = (op.judge or judge_default)((out,), (want,), inputs | {"tensor_core": TENSOR_CORE})
-    over = {m: v for m, v in measures.items() if not v[0] <= v[1]}
-    assert not over, f"{what}: {over}"
-
-
 def test_every_dense_tile():
     """Sizes beyond one tile and one ring in each dim, rows that a tensor map addresses (k 16 i) or not, both types."""
     op = OPS["fp8_gemm"]
@@ -91,15 +81,12 @@ def test_every_dense_tile():
             sizes += [(tokens, 3 * weights + 8, 9 * 128, 8, "f32"), (tokens + 2, weights + 8, 5 * 128, 2, "bf16"),
                       (tokens + 9, weights + 16, 3 * 128 + 5, 4, "bf16")]
         for m, n, k, splits, dtype in sizes:
-            inputs, _ = numpy_ops.sample(op, Case(m=m, n=n, k=k, out_dtype=dtype))
-            want = np.asarray(op.define(**inputs, out_dtype=dtype))
-            got = set()
+            inputs, scalars = numpy_ops.sample(op, Case(m=m, n=n, k=k, out_dtype=dtype))
+            want, got = defined(op, inputs, scalars), set()
             for schedule in ((3, 1, 0.0), (3, 2, 0.3)):
-                _cuda.schedule(*schedule)
-                out = np.full((m, n), np.nan, numpy_ops._BY_CODE[0 if dtype == "f32" else 1])
-                _cuda.fp8_gemm_sm90_plan(*views(inputs, out), 0, tile, splits, 0)
-                judged(op, inputs, out, want, f"tile {tile}, {m} x {n} x {k}, {splits} splits, {schedule}")
-                got.add(out.tobytes())
+                outs = start(op, inputs, scalars, schedule, _cuda.fp8_gemm_sm90_plan, (tile, splits))
+                judge(op, outs, want, inputs, scalars, f"tile {tile}, {m} x {n} x {k}, {splits} splits, {schedule}")
+                got.add(bits(outs))
             assert len(got) == 1, "other bits with another schedule"
 
 
@@ -111,18 +98,13 @@ def test_every_grouped_tile():
         rows = [0, 1, tokens + 3, 0, 7, tokens - 1, 0]
         for n, k in ((weights + 24, 384), (weights - 3, 200)):
             t, e = sum(rows) + 5, len(rows)
-            inputs, _ = numpy_ops.sample(op, Case(t=t, e=e, n=n, k=k))
+            inputs, scalars = numpy_ops.sample(op, Case(t=t, e=e, n=n, k=k))
             inputs["offsets"] = np.concatenate([[0], np.cumsum(rows)]).astype(np.int32)
-            want = np.asarray(op.define(**inputs))
+            want = defined(op, inputs, scalars)
             for schedule in ((3, 1, 0.0), (132, 2, 0.3)):
-                _cuda.schedule(*schedule)
-                out = np.full((t, n), np.nan, numpy_ops._BY_CODE[1])
-                _cuda.fp8_grouped_gemm_sm90_plan(*views(inputs, out), tile, 1, 0)
-                judged(op, inputs, out, want, f"tile {tile}, {n} x {k}, {schedule}")
-                assert not out[sum(rows):].astype(np.float32).any()
+                outs = start(op, inputs, scalars, schedule, _cuda.fp8_grouped_gemm_sm90_plan, (tile, 1))
+                judge(op, outs, want, inputs, scalars, f"tile {tile}, {n} x {k}, {schedule}")
+                assert not outs[0][sum(rows):].astype(np.float32).any()
 
 
-for name, test in list(globals().items()):
-    if name.startswith("test_"):
-        test()
-        print(name[5:].replace("_", " "), "holds")
+run_tests(globals())

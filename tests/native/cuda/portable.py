@@ -4,52 +4,35 @@ both sides of their limits, index data out of range."""
 import itertools
 
 import numpy as np
-import tight
+from emulator import bits, cuda_kernel, defined, judge, run_tests, start
 
 from kernomics import OPS, _cuda, numpy_ops
-from kernomics.contract import _call
 from kernomics.numerics import BF16
 
 SCHEDULES = [(4, 0, 1.0), (2, 3, 0.0)]
 
 
-def exact(x):
-    """A copy in memory that ends with its last element."""
-    raw = tight.bytes(x.nbytes).view(x.dtype).reshape(x.shape)
-    raw[...] = x
-    return raw
-
-
 def run(name, *tensors, **scalars):
     """Results of the op's CUDA kernel, the same with every schedule."""
     op = OPS[name]
-    kernel = next(k for k in op.kernels if k.name == "cuda")
-    mine = [x if x is None else exact(x) for x in tensors]
-    given = {s.name: scalars.get(s.name, s.default) for s in op.scalars}
-    dims, codes, values, _ = op.bind(*mine, *given.values())
-    assert kernel.refusal("sm80", dims) is None
-    size = _call(kernel.workspace, {"dims": dims, "chip": None}) if kernel.workspace else 0
-    bits = set()
-    for schedule in SCHEDULES:
-        _cuda.schedule(*schedule)
-        outs = [exact(np.empty(shape, numpy_ops._BY_CODE[code])) for shape, _, code in op.shapes(dims, codes, values)]
-        for x in (*outs, space := tight.bytes(size)):
-            x.view(np.uint8)[...] = 0xFF if x.size else 0
-        views = [numpy_ops.ABSENT if x is None else numpy_ops._view(x) for x in (*mine, *outs, space)]
-        kernel.function(*views, *numpy_ops.scalar_codes(op, values), 0)
-        bits.add(b"".join(x.tobytes() for x in outs))
-    assert len(bits) == 1, f"{name}: other bits with another schedule"
-    return tuple(outs)
+    inputs, scalars = named(op, tensors, scalars)
+    dims = op.bind(*inputs.values(), *scalars.values())[0]
+    assert cuda_kernel(op).refusal("sm80", dims) is None
+    results = [start(op, inputs, scalars, schedule) for schedule in SCHEDULES]
+    assert len({bits(outs) for outs in results}) == 1, f"{name}: other bits with another schedule"
+    return results[0]
+
+
+def named(op, tensors, scalars):
+    return dict(zip(op.tensors, tensors)), {s.name: scalars.get(s.name, s.default) for s in op.scalars}
 
 
 def judged(name, *tensors, **scalars):
     """Results of the op's CUDA kernel, which its judge accepts."""
     op = OPS[name]
     got = run(name, *tensors, **scalars)
-    given = dict(zip(op.tensors, tensors)) | {s.name: scalars.get(s.name, s.default) for s in op.scalars}
-    want = op.define(**given)
-    over = {m: v for m, v in op.judge(got, want if isinstance(want, tuple) else (want,), given).items() if not v[0] <= v[1]}
-    assert not over, f"{name} {[x if x is None else x.shape for x in tensors]} {scalars}: {over}"
+    inputs, given = named(op, tensors, scalars)
+    judge(op, got, defined(op, inputs, given), inputs, given, f"{[x if x is None else x.shape for x in tensors]} {scalars}")
     return got
 
 
@@ -80,9 +63,9 @@ def test_quantizing_every_bf16():
     """NaN, Inf, -0 and subnormals among others; blocks of values alike, of which some are finite, all, or none."""
     every = np.arange(1 << 16, dtype=np.uint16)
     mixed = np.random.default_rng(1).permutation(every)
-    for bits, block in itertools.product((every, mixed), ((1, 128), (128, 128), (128, 1))):
+    for patterns, block in itertools.product((every, mixed), ((1, 128), (128, 128), (128, 1))):
         for scale, floor in (("f32", 1e-4), ("pow2", 0.0)):
-            judged("fp8_quantize", bits.reshape(512, 128).view(BF16), block=block, scale=scale, floor=floor)
+            judged("fp8_quantize", patterns.reshape(512, 128).view(BF16), block=block, scale=scale, floor=floor)
 
 
 def test_quantizing_f32():
@@ -191,7 +174,4 @@ def test_combining():
         assert np.isnan(got[[0, 1, 4, 5]].astype(np.float32)).all() and got[[2, 3]].tobytes() == good[[2, 3]].tobytes()
 
 
-for name, test in list(globals().items()):
-    if name.startswith("test_"):
-        test()
-        print(name[5:].replace("_", " "), "holds")
+run_tests(globals())
