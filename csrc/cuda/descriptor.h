@@ -25,6 +25,9 @@ __host__ __device__ constexpr uint64_t descriptor(uint32_t address, uint32_t str
            uint64_t(1) << 62;
 }
 
+// The same operand `bytes` on (a multiple of 16).
+__host__ __device__ constexpr uint64_t descriptor_at(uint64_t descriptor, uint32_t bytes) { return descriptor + (bytes >> 4); }
+
 // Accumulators of a 64 x N tile: d[i] of thread `t` of a warpgroup lies at (row, column).
 __host__ __device__ constexpr int fragment_row(int t, int i) { return t / 32 * 16 + t % 32 / 4 + (i >> 1 & 1) * 8; }
 __host__ __device__ constexpr int fragment_column(int t, int i) { return i / 4 * 8 + t % 4 * 2 + (i & 1); }

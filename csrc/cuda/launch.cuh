@@ -45,6 +45,7 @@ struct Grid {
     int threads;
     size_t shared = 0;  // bytes of dynamic shared memory
     int cluster = 1;    // blocks of a cluster, along x
+    bool together = false;  // all blocks run at once, so that they may wait for each other
 };
 
 template <auto kernel, class... Args> void launch(const char* name, const Grid& g, cudaStream_t stream, Args... args) {
@@ -64,12 +65,19 @@ template <auto kernel, class... Args> void launch(const char* name, const Grid& 
     config.blockDim = dim3(unsigned(g.threads));
     config.dynamicSmemBytes = g.shared;
     config.stream = stream;
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = unsigned(g.cluster);
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    config.attrs = &attribute;
-    config.numAttrs = g.cluster > 1;
+    cudaLaunchAttribute attributes[2] = {};
+    config.attrs = attributes;
+    if (g.cluster > 1) {
+        cudaLaunchAttribute& a = attributes[config.numAttrs++];
+        a.id = cudaLaunchAttributeClusterDimension;
+        a.val.clusterDim.x = unsigned(g.cluster);
+        a.val.clusterDim.y = a.val.clusterDim.z = 1;
+    }
+    if (g.together) {
+        cudaLaunchAttribute& a = attributes[config.numAttrs++];
+        a.id = cudaLaunchAttributeCooperative;
+        a.val.cooperative = 1;
+    }
     check(cudaLaunchKernelEx(&config, kernel, args...), name);
 }
 

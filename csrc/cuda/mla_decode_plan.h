@@ -42,7 +42,7 @@ __host__ __device__ constexpr int64_t mla_part(int64_t sum, int64_t longest, int
 struct MlaSegment {
     int seq, group, length, first, last;
     bool begins, ends;  // with the item
-    int64_t over;       // where the item's tiles end on the line
+    int64_t at, over;   // where the item's tiles lie on the line
 
     __host__ __device__ bool whole() const { return begins && ends; }
 };
@@ -55,7 +55,7 @@ struct MlaWalk {
     __host__ __device__ bool next(const MlaLine& line, MlaSegment& s) {
         while (seq < line.b && at < end) {
             const int64_t lo = begin > at ? begin - at : 0, hi = end - at < tiles ? end - at : tiles;
-            s = {seq, group, line.length(seq), int(lo < tiles ? lo : tiles), int(hi), lo == 0, hi == tiles, at + tiles};
+            s = {seq, group, line.length(seq), int(lo < tiles ? lo : tiles), int(hi), lo == 0, hi == tiles, at, at + tiles};
             at += tiles + MLA_GAP;
             if (++group == line.groups) {
                 group = 0;

@@ -2,9 +2,9 @@
 //
 // A block holds 64 query rows (tokens by heads of one sequence, packed) and walks tiles of 64 keys, each read once: 64 x 576,
 // whose first 512 columns are the values. Of a tile 4.7 MFLOP of Q K and 4.2 of P V, 2200 cycles of the tensor cores, against 74
-// KB (42 of an FP8 cache): 3500 cycles of memory where all multiprocessors load (2000). Up to 64 rows, a rank's 8 or 16 heads
-// too, wait for memory and pay nothing for the padding; 128 heads wait for tensor cores, and two blocks of a cluster copy each
-// half of a tile for both: 17 bytes a cycle from L2 instead of 34, of which it has about 32.
+// KB (42 of an FP8 cache): 3500 cycles of memory where all multiprocessors load (2000). With bf16 keys up to 64 rows, a
+// rank's 8 or 16 heads too, wait for memory and pay nothing for the padding; 128 heads wait for tensor cores, and two blocks of a
+// cluster copy each half of a tile for both: 17 bytes a cycle from L2 instead of 34, of which it has about 32.
 //
 // Four warpgroups, which meet at barriers alone: copies; scores and weights; two for 256 columns of the output each, 128
 // registers a thread. Scores of the next tile and their softmax run under the values of this one. Shared memory: queries 72 KB, a
@@ -13,48 +13,39 @@
 // whole tiles come by tensor map; others by 16-byte copies of each thread. FP8: codes become bf16, exactly; the scales multiply
 // the scores, four products a tile, and the weights, in registers.
 //
-// Parts of the work: mla_decode_plan.h. Each block finds its part; a second launch joins what parts share.
-#include "kernels.h"
-#include "mla_decode_plan.h"
-#include "ptx.cuh"
+// Up to 32 rows of an FP8 cache: mla_decode_few.cuh. Parts of the work: mla_decode_plan.h. Each block finds its part; blocks
+// that share an item wait for each other at the end and join it together.
+#include <atomic>
+#include <random>
+
+#include "mla_decode.cuh"
+#include "mla_decode_few.cuh"
 
 namespace kn::cuda {
 
 static constexpr int PANEL = 64 * 128;      // bytes of 64 rows of 64 bf16
 static constexpr int TILE = 9 * PANEL;      // 64 rows of 576
-static constexpr float MINUS_INF = -__builtin_inff(), LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 static constexpr int THIRDS = 3;            // of a tile: panels 0-3 and 4-7, a warpgroup's values each, and 8
 
 enum class Cache { paged_tma, paged, fp8 };  // bf16 with 64 keys a copy; bf16 with any page; 656-byte tokens
 
-struct MlaArgs {
-    const unsigned char* cache;
-    const int* table;
-    MlaLine line;
-    const float* sink;
-    uint16_t* out;
-    float *lse, *partial;
-    float2* totals;  // maximum and sum of each row of a slot
-    int4* cuts;      // (sequence, group, first part, last) of each item or, of more items than parts, of the one that a part cuts
-    int nq, h, rows, p, page, n, parts, slot_rows;
-    float factor;  // of the scores, to base 2
-    bool causal;
-    uint64_t policy;
-
-    __host__ __device__ bool all_items() const { return int64_t(line.b) * line.groups <= parts; }
-
-    // Keys that row `row` sees of a sequence.
-    __host__ __device__ int seen(int length, int row) const {
-        if (!causal) return length;
-        const int all = length - nq + row / h + 1;
-        return all > 0 ? all : 0;
+// Zeros for the values of a key (and its `scales`, a row of MLA_KEYS for each 128 values), if any is infinite or NaN or `always`;
+// whether it was so. A warp.
+__device__ inline bool clear_odd(unsigned char* tile, float* scales, int key, bool always, int lane) {
+    uint4* chunk[2];
+    float* const scale = scales && lane < 4 ? scales + lane * MLA_KEYS + key : nullptr;
+    bool odd = always || (scale && is_odd(*scale));
+    for (int i = 0; i < 2; ++i) {
+        const int c = lane + 32 * i;
+        chunk[i] = reinterpret_cast<uint4*>(tile + c / 8 * PANEL + key * 128 + ((c % 8 ^ key % 8) << 4));
+        if (always) continue;
+        const uint32_t word[4] = {chunk[i]->x, chunk[i]->y, chunk[i]->z, chunk[i]->w};
+        for (uint32_t w : word) odd |= (w & 0x7f80) == 0x7f80 || (w & 0x7f800000) == 0x7f800000;
     }
-};
-
-// Tiles [first, end) of a segment that any row of its group sees.
-template <int CLUSTER> __device__ __forceinline__ int last_tile(const MlaArgs& a, const MlaSegment& s) {
-    const int row = min((s.group + 1) * MLA_ROWS * CLUSTER, a.rows) - 1;
-    return min(s.last, int((int64_t(a.seen(s.length, row)) + MLA_KEYS - 1) / MLA_KEYS));
+    if (!__any_sync(0xffffffff, odd)) return false;
+    for (uint4* c : chunk) *c = uint4{0, 0, 0, 0};
+    if (scale) *scale = 0;
+    return true;
 }
 
 // What the outputs' warpgroups are told with the weights of a tile.
@@ -88,11 +79,13 @@ struct MlaShared {
     uint64_t full[2][THIRDS], empty[2][THIRDS], weights[2], queries;  // barriers of a slot's thirds, its weights, and the queries
     float rescale[2][MLA_ROWS], finish[2][MLA_ROWS];                  // factors of the outputs before a tile, and at the end
     float scales[2][4][MLA_KEYS];                                     // of 128 codes of a key
-    int odd[2];  // the tile's page is none
+    int odd[2];               // the tile's page is none
+    float odd_key[MLA_KEYS];  // NaN: of a key with a value that is none
     MlaNote note[2];
     MlaWalk start, walk;    // of the part; and of the scores, whose first thread walks, as registers are short
     MlaTiles tiles[4];      // of each warp that copies
     MlaSegment segment[2];  // this and the next one of the scores; sequence -1: no more
+    MlaCut cuts[2];
 
     __device__ void step(const MlaLine& line, int turn) {
         if (!walk.next(line, segment[turn & 1])) segment[turn & 1].seq = -1;
@@ -100,69 +93,19 @@ struct MlaShared {
 };
 static constexpr int MLA_SHARED = 1024 + 3 * TILE + int(sizeof(MlaShared));
 
-// Where part `part` starts; a whole warp looks.
-__device__ inline MlaWalk mla_start(const MlaLine& line, int parts, int part, int lane) {
-    int64_t sum = 0;
-    int longest = 0;
-    for (int i = lane; i < line.b; i += 32) {
-        const int n = line.tiles(i) + MLA_GAP;
-        sum += n;
-        longest = max(longest, n);
-    }
-    for (int by = 16; by; by /= 2) {
-        sum += __shfl_xor_sync(0xffffffff, sum, by);
-        longest = max(longest, __shfl_xor_sync(0xffffffff, longest, by));
-    }
-    const int64_t size = mla_part(sum * line.groups, longest, parts), begin = part * size;
-    int64_t before = 0;
-    for (int base = 0; base < line.b; base += 32) {
-        const int n = base + lane < line.b ? line.tiles(base + lane) + MLA_GAP : 0;
-        int64_t upto = int64_t(n) * line.groups;
-        for (int by = 1; by < 32; by *= 2) {
-            const int64_t other = __shfl_up_sync(0xffffffff, upto, by);
-            if (lane >= by) upto += other;
-        }
-        upto += before;
-        const unsigned past = __ballot_sync(0xffffffff, upto > begin);
-        if (past) {
-            const int found = __ffs(int(past)) - 1, item = __shfl_sync(0xffffffff, n, found);
-            const int64_t start = __shfl_sync(0xffffffff, upto, found) - int64_t(item) * line.groups;
-            const int group = int((begin - start) / item);
-            return {start + int64_t(group) * item, begin, begin + size, base + found, group, item - MLA_GAP};
-        }
-        before = __shfl_sync(0xffffffff, upto, 31);
-    }
-    return {0, begin, begin + size, line.b, 0, 1};
-}
-
-__device__ const uint4 NANS = {~0u, ~0u, ~0u, ~0u};  // in e4m3, bf16 and f32
-__device__ __forceinline__ const unsigned char* nans() { return reinterpret_cast<const unsigned char*>(&NANS); }
-static constexpr int NO_KEY = -1, NO_PAGE = -2;
-
-// The slot of a key in the cache, or which of the above. 2^31 tokens are more than a terabyte.
-__device__ __forceinline__ int token_of(const MlaArgs& a, const MlaSegment& s, int key) {
-    if (key >= s.length) return NO_KEY;
-    const int page = a.table[int64_t(s.seq) * a.n + key / a.page];
-    return page >= 0 && page < a.p ? page * a.page + key % a.page : NO_PAGE;
-}
-
-__device__ __forceinline__ uint32_t pack_f16(float low, float high) {
-    const __half2_raw both = __floats2half2_rn(low, high);
-    return both.x | uint32_t(both.y) << 16;
-}
-__device__ __forceinline__ float2 unpack_f16(uint32_t both) {
-    return __half22float2(__half2(__half2_raw{uint16_t(both), uint16_t(both >> 16)}));
-}
-
 // Sixteen codes as bf16, which holds them exactly.
 __device__ __forceinline__ void widen(const uint4& codes, uint4 (&to)[2]) {
     const uint32_t word[4] = {codes.x, codes.y, codes.z, codes.w};
     uint32_t out[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        const __half2_raw pair = __nv_cvt_fp8x2_to_halfraw2(__nv_fp8x2_storage_t(word[i / 2] >> i % 2 * 16), __NV_E4M3);
-        const float2 v = __half22float2(__half2(pair));
-        out[i] = pack_bf16(v.x, v.y);
+    for (int i = 0; i < 4; ++i) {
+        uint32_t pair[2];
+        widen_e4m3(word[i], pair[0], pair[1]);
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            const float2 v = unpack_f16(pair[k]);
+            out[2 * i + k] = pack_bf16(v.x, v.y);
+        }
     }
     to[0] = {out[0], out[1], out[2], out[3]};
     to[1] = {out[4], out[5], out[6], out[7]};
@@ -316,12 +259,6 @@ __device__ inline void load_fp8(const MlaArgs& a, unsigned char* slots, MlaShare
     }
 }
 
-// What a row's values are multiplied with in the end, for a sum of weights whose logarithm to base 2 is `log`.
-__device__ __forceinline__ float finish_of(const MlaArgs& a, int head, float sum, float log) {
-    if (sum == 0) return 0;
-    return a.sink ? 1 / (sum * (1 + exp2_fast(a.sink[head] * LOG2E - log))) : 1 / sum;
-}
-
 template <Cache CACHE, int CLUSTER>
 __global__ void __launch_bounds__(512, 1)
     mla_decode_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap cache_map, const MlaArgs a) {
@@ -349,6 +286,7 @@ __global__ void __launch_bounds__(512, 1)
         if (lane == 0) {
             m.start = m.walk = walk;
             m.step(a.line, 0);
+            m.cuts[0] = m.cuts[1] = {};
         }
         if (lane < 4) m.tiles[lane] = {walk, {}, 0, 0, {}};
     }
@@ -370,7 +308,6 @@ __global__ void __launch_bounds__(512, 1)
                 tma_load(queries + i * PANEL, &q_map, &m.queries, i * 64, s.seq * a.rows + (s.group * CLUSTER + rank) * MLA_ROWS);
         };
         load_queries(0);
-        if (local == 0 && rank == 0 && !a.all_items()) a.cuts[part] = {0, 0, 0, 0};
         int j = 0;
         for (int turn = 0; m.segment[turn & 1].seq >= 0; ++turn) {
             const MlaSegment& s = m.segment[turn & 1];
@@ -442,15 +379,25 @@ __global__ void __launch_bounds__(512, 1)
                 if (t + 1 == end) load_queries(turn + 1);
 
                 const int base = t * MLA_KEYS;
-                if (CACHE == Cache::paged_tma) {
-                    // What lies beyond the sequence may be NaN: zeros, as a weight of 0 does not hide it.
-                    for (int i = (s.length - base) * 64 + local; i < MLA_KEYS * 64; i += 128) {
-                        const uint32_t at = uint32_t(i % 64 / 8 * PANEL + i / 64 * 128 + ((i % 8 ^ i / 64 % 8) << 4));
-                        *reinterpret_cast<uint4*>(tile + at) = uint4{0, 0, 0, 0};
-                    }
-                    if (m.odd[slot]) {
+                if (CACHE == Cache::paged_tma && m.odd[slot]) {
 #pragma unroll
-                        for (int i = 0; i < 32; ++i) d[i] = __int_as_float(0x7fffffff);
+                    for (int i = 0; i < 32; ++i) d[i] = __int_as_float(0x7fffffff);
+                }
+                // A weight of 0 does not hide a value of NaN: zeros beyond the sequence, and in odd keys that a row does not see.
+                // The rows that see such a key are NaN.
+#pragma unroll 1
+                for (int key = max(fewest - base, 0) + warp % 4; key < MLA_KEYS; key += 4)
+                    if (CACHE == Cache::paged_tma || base + key < s.length) {
+                        float* const scales = CACHE == Cache::fp8 ? m.scales[slot][0] : nullptr;
+                        const bool odd = clear_odd(tile, scales, key, base + key >= s.length, lane);
+                        if (lane == 0) m.odd_key[key] = odd ? __int_as_float(0x7fffffff) : 0.0f;
+                    }
+                if (fewest < s.length && base + MLA_KEYS > fewest) {
+                    part_sync(1, 128);
+#pragma unroll
+                    for (int i = 0; i < 32; ++i) {
+                        const int key = fragment_column(local, i);
+                        if (base + key >= fewest && base + key < s.length) d[i] += m.odd_key[key];
                     }
                 }
 #pragma unroll
@@ -531,9 +478,7 @@ __global__ void __launch_bounds__(512, 1)
                     else
                         a.totals[mla_slot(part, s.begins) * a.slot_rows + row - s.group * CLUSTER * MLA_ROWS] = {top[r], sum[r]};
                 }
-            if (local == 0 && rank == 0 && s.begins && (a.all_items() || !s.ends))
-                a.cuts[a.all_items() ? s.seq * a.line.groups + s.group : part] = {
-                    s.seq, s.group, part, int((s.over - 1) / (m.walk.end - m.walk.begin))};
+            if (local == 0) mla_note(m.cuts, s);
             part_sync(1, 128);  // all are done with this segment, and see the next
         }
         if (CLUSTER > 1) barrier_wait_cluster(&m.empty[j & 1][2], (j >> 1 & 1) ^ 1);
@@ -626,61 +571,9 @@ __global__ void __launch_bounds__(512, 1)
             }
         }
     }
+    // The memory of the tiles is free: none is on its way, and all are read.
+    if (role >= 2) mla_end(a, m.start, m.cuts, CLUSTER * MLA_ROWS, rank, CLUSTER, slots, thread - 256);
     if (CLUSTER > 1) cluster_sync();  // none ends while another may copy to it or arrive at its barriers
-}
-
-// Joins what parts know of an item. Of the four teams of 128 threads, a thread 4 columns, `ways` share a row; sums run in an
-// order that shapes and lengths fix.
-__global__ void __launch_bounds__(512) mla_join_kernel(const MlaArgs a, int cluster, int ways) {
-    KN_SHARED(memory);
-    const int thread = int(threadIdx.x), warp = thread / 32, lane = thread % 32, team = thread / 128, way = team % ways;
-    const int4 cut = a.cuts[blockIdx.x];
-    if (cut.w <= cut.z) return;
-    const int first = cut.y * cluster * MLA_ROWS, column = thread % 128 * 4, count = cut.w - cut.z + 1, rows = 4 / ways;
-    float4* const sums = reinterpret_cast<float4*>(memory);  // of each thread
-    float* const weights = reinterpret_cast<float*>(memory + 512 * 16) + warp * a.parts;
-    for (int base = int(blockIdx.y) * rows; base < a.slot_rows; base += int(gridDim.y) * rows) {
-        const int row = base + team / ways;
-        const bool used = row < a.slot_rows && first + row < a.rows;
-        auto place = [&](int i) { return mla_slot(cut.z + i, i == 0) * a.slot_rows + row; };
-        float top = MINUS_INF, total = 0;
-        float4 sum = {0, 0, 0, 0};
-        if (used) {
-            for (int i = lane; i < count; i += 32) top = fmaxf(top, a.totals[place(i)].x);
-            for (int by = 16; by; by /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, by));
-            for (int i = lane; i < count; i += 32) {
-                const float2 of = a.totals[place(i)];
-                const float weight = of.y == 0 ? 0 : exp2_fast(of.x - top);
-                weights[i] = weight;
-                total += of.y == 0 ? 0 : weight * of.y;
-            }
-            for (int by = 16; by; by /= 2) total += __shfl_xor_sync(0xffffffff, total, by);
-            __syncwarp();
-#pragma unroll 8
-            for (int i = way; i < count; i += ways) {
-                const float weight = weights[i];
-                // A part that has seen no key has written nothing; the weight of NaN sums is NaN, or they have made `total` NaN.
-                if (weight == 0) continue;
-                const float4 o = *reinterpret_cast<const float4*>(a.partial + place(i) * 512 + column);
-                sum = {fmaf(weight, o.x, sum.x), fmaf(weight, o.y, sum.y), fmaf(weight, o.z, sum.z), fmaf(weight, o.w, sum.w)};
-            }
-        }
-        sums[thread] = sum;
-        __syncthreads();
-        if (used && way == 0) {
-            for (int i = 1; i < ways; ++i) {
-                const float4 o = sums[thread + i * 128];
-                sum = {sum.x + o.x, sum.y + o.y, sum.z + o.z, sum.w + o.w};
-            }
-            const int head = (first + row) % a.h;
-            const float log = top + log2f(total), finish = finish_of(a, head, total, log);
-            const uint2 result = {pack_bf16(sum.x * finish, sum.y * finish), pack_bf16(sum.z * finish, sum.w * finish)};
-            *reinterpret_cast<uint2*>(a.out + (int64_t(cut.x) * a.rows + first + row) * 512 + column) = result;
-            if (thread % 128 == 0)
-                a.lse[(int64_t(cut.x) * a.h + head) * a.nq + (first + row) / a.h] = total == 0 ? MINUS_INF : log * LN2;
-        }
-        __syncthreads();
-    }
 }
 
 static CUtensorMap bf16_rows(const void* base, int64_t rows, int box) {
@@ -689,26 +582,31 @@ static CUtensorMap bf16_rows(const void* base, int64_t rows, int box) {
     return tensor_map(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, base, 2, dims, strides, boxes, CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
+// The arguments that depend on the rows of a group, and the grid.
+static Grid prepare(MlaArgs& a, int64_t most, int group_rows, int threads, size_t shared, int cluster) {
+    a.line.groups = int(ceil_div(a.rows, group_rows));
+    a.parts = int(max64(most / cluster, 1));
+    a.slot_rows = int(min64(a.rows, group_rows));
+    a.counts = reinterpret_cast<uint64_t*>(a.partial);
+    a.partial = reinterpret_cast<float*>(a.counts + 2 * a.parts);
+    a.totals = reinterpret_cast<float2*>(a.partial + int64_t(a.parts) * 2 * a.slot_rows * 512);
+    static std::atomic<uint64_t> launches{std::random_device{}()};
+    a.launch = ++launches & 0xffffffffff;
+    return {dim3(unsigned(a.parts * cluster)), threads, shared, cluster, a.parts > 1};
+}
+
 template <Cache CACHE, int CLUSTER> static void run(MlaArgs& a, int64_t most, const void* q, cudaStream_t stream) {
-    a.line.groups = int(ceil_div(a.rows, MLA_ROWS * CLUSTER));
-    a.parts = int(max64(most / CLUSTER, 1));
-    a.slot_rows = int(min64(a.rows, MLA_ROWS * CLUSTER));
-    const int64_t slots = int64_t(a.parts) * 2;
-    a.cuts = reinterpret_cast<int4*>(a.partial);
-    a.partial = reinterpret_cast<float*>(a.cuts + a.parts);
-    a.totals = reinterpret_cast<float2*>(a.partial + slots * a.slot_rows * 512);
+    const Grid grid = prepare(a, most, MLA_ROWS * CLUSTER, 512, MLA_SHARED, CLUSTER);
     a.policy = a.line.groups == 1 ? EVICT_FIRST : EVICT_NORMAL;
     const CUtensorMap queries = bf16_rows(q, int64_t(a.line.b) * a.rows, MLA_ROWS);
     CUtensorMap keys = {};
     if (CACHE == Cache::paged_tma) keys = bf16_rows(a.cache, int64_t(a.p) * a.page, MLA_KEYS / CLUSTER);
-    const Grid grid = {dim3(unsigned(a.parts * CLUSTER)), 512, MLA_SHARED, CLUSTER};
     launch<mla_decode_kernel<CACHE, CLUSTER>>("mla_decode_sm90", grid, stream, queries, keys, a);
-    if (a.parts == 1) return;
-    const int64_t items = int64_t(a.line.b) * a.line.groups;
-    const int ways = items * 8 <= a.parts ? 4 : 1;  // few items: each in many parts
-    const int64_t rows = ceil_div(a.slot_rows, 4 / ways);
-    const dim3 blocks(unsigned(min64(items, a.parts)), unsigned(a.all_items() ? rows : min64(rows, 8)));
-    launch<mla_join_kernel>("mla_decode_sm90", Grid{blocks, 512, size_t(512 * 16 + 16 * 4 * a.parts)}, stream, a, CLUSTER, ways);
+}
+
+template <int N> static void run_few(MlaArgs& a, int64_t most, const void* q, cudaStream_t stream) {
+    const Grid grid = prepare(a, most, N, 384, Few<N>::SHARED, 1);
+    launch<mla_decode_few_kernel<N>>("mla_decode_sm90", grid, stream, static_cast<const uint16_t*>(q), a);
 }
 
 #ifdef KN_ON_CPU
@@ -739,7 +637,10 @@ void mla_decode_sm90(const MlaDecode& p, cudaStream_t stream) {
     a.factor = p.softmax_scale * LOG2E;
     a.causal = p.causal;
     const int64_t blocks = mla_blocks(units(), b, rows, n * page);
-    if (p.kv_cache.dtype == Dtype::u8) run<Cache::fp8, 1>(a, blocks, p.q.data, stream);
+    const bool fp8 = p.kv_cache.dtype == Dtype::u8;
+    if (fp8 && rows <= 16) run_few<16>(a, blocks, p.q.data, stream);
+    else if (fp8 && rows <= 32) run_few<32>(a, blocks, p.q.data, stream);
+    else if (fp8) run<Cache::fp8, 1>(a, blocks, p.q.data, stream);
     else if (page % MLA_KEYS || a.p * page == 0) run<Cache::paged, 1>(a, blocks, p.q.data, stream);
     else if (ceil_div(rows, MLA_ROWS) % 2) run<Cache::paged_tma, 1>(a, blocks, p.q.data, stream);
     else run<Cache::paged_tma, 2>(a, blocks, p.q.data, stream);

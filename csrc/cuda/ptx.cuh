@@ -111,6 +111,13 @@ template <class T> __device__ __forceinline__ T* cluster_map(T* p, int rank) {
 __device__ __forceinline__ void part_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+// Waits until the bits of `mask` hold `least` or more of a count that blocks of a grid launched together add to (each after a
+// __threadfence), and sees what they wrote before.
+__device__ __forceinline__ void wait_count(const uint64_t* count, uint64_t mask, uint64_t least) {
+    uint64_t seen;
+    do asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(seen) : "l"(count) : "memory");
+    while ((seen & mask) < least);
+}
 // Registers that a warpgroup gives away or takes; the bound of the kernel's launch fixes the sum.
 template <int N> __device__ __forceinline__ void registers_less() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
@@ -176,6 +183,8 @@ template <int N> __device__ __forceinline__ void hold(float (&d)[N]) {
 #define KN_BF16_HELD(N, A, B, P, C)                                                                                         \
     KN_WGMMA(N, 16, "bf16.bf16", A, B, P, ", " C, "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), \
              "n"(int(columns)))
+#define KN_F16_HELD(N, A, B, P)                                                                                       \
+    KN_WGMMA(N, 16, "f16.f16", A, B, P, ", 0", "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)))
 
 // d += a * b.T for e4m3 codes, 64 x N x 32, both operands rows of k (descriptors); without `accumulate` d is set.
 template <int N> __device__ __forceinline__ void wgmma_e4m3(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
@@ -216,6 +225,14 @@ __device__ __forceinline__ void wgmma_bf16(float (&d)[N / 2], const uint32_t (&a
     else static_assert(N < 0, "no such tile");
 }
 
+// d += a * b.T for f16, 64 x N x 16, with a in registers and b in rows of k.
+template <int N>
+__device__ __forceinline__ void wgmma_f16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+    if constexpr (N == 16) KN_F16_HELD(16, "{%8, %9, %10, %11}", "%12", "%13");
+    else if constexpr (N == 32) KN_F16_HELD(32, "{%16, %17, %18, %19}", "%20", "%21");
+    else static_assert(N < 0, "no such tile");
+}
+
 // Four 8 x 8 matrices of 16-bit values to shared memory: lane 8 i + r gives the address of row r of matrix i (16 bytes, aligned);
 // v[i] holds the two values of matrix i at row lane / 4, columns 2 (lane % 4) and the next; `transposed` stores each matrix
 // transposed.
@@ -228,6 +245,20 @@ template <bool transposed = false> __device__ __forceinline__ void stmatrix4(voi
         asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(v[0]),
                      "r"(v[1]), "r"(v[2]), "r"(v[3])
                      : "memory");
+}
+// Such matrices from shared memory, each transposed: v[i] holds the two values of matrix i at rows 2 (lane % 4) and the next,
+// column lane / 4.
+__device__ __forceinline__ void ldmatrix4_transposed(uint32_t (&v)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+// Four e4m3 codes as f16, which holds them exactly: of the low two and of the high two.
+__device__ __forceinline__ void widen_e4m3(uint32_t codes, uint32_t& low, uint32_t& high) {
+    asm("{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.rn.f16x2.e4m3x2 %0, a; cvt.rn.f16x2.e4m3x2 %1, b; }"
+        : "=r"(low), "=r"(high)
+        : "r"(codes));
 }
 // Two values rounded to bf16, `low` in the low half.
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {

@@ -22,15 +22,17 @@ def exact(x):
     return raw
 
 
-def start(op, inputs, scalars, schedule, function=None, more=()):
-    """Results of the op's CUDA kernel, or of ``function`` with scalars of its own at the end, in memory of NaNs. ``schedule``:
-    multiprocessors, the draw of the order (0: in order), the share of copies and products that are done at once."""
+def start(op, inputs, scalars, schedule, function=None, more=(), space=None):
+    """Results of the op's CUDA kernel, or of ``function`` with scalars of its own at the end, in memory of NaNs, with a workspace
+    of NaNs or ``space``. ``schedule``: multiprocessors, the draw of the order (0: in order), the share of copies and products
+    that are done at once."""
     kernel = cuda_kernel(op)
     mine = {n: exact(x) for n, x in inputs.items()}
     dims, codes, values, _ = op.bind(*mine.values(), *scalars.values())
-    size = _call(kernel.workspace, {"dims": dims, "chip": FAMILIES["sm90"]}) if kernel.workspace else 0
     outs = [exact(np.empty(shape, numpy_ops._BY_CODE[code])) for shape, _, code in op.shapes(dims, codes, values)]
-    for x in (*outs, space := tight.bytes(size)):
+    if space is None:
+        space = workspace(op, dims)
+    for x in outs:
         x.view(np.uint8)[...] = 0xFF if x.size else 0
     views = [numpy_ops.ABSENT if x is None else numpy_ops._view(x) for x in (*mine.values(), *outs, space)]
     _cuda.schedule(*schedule)
@@ -38,6 +40,13 @@ def start(op, inputs, scalars, schedule, function=None, more=()):
     for n, x in inputs.items():
         assert x is None or x.tobytes() == mine[n].tobytes(), f"{op.name} changes {n}"
     return tuple(outs)
+
+
+def workspace(op, dims):
+    make = cuda_kernel(op).workspace
+    space = tight.bytes(_call(make, {"dims": dims, "chip": FAMILIES["sm90"]}) if make else 0)
+    space[...] = 0xFF
+    return space
 
 
 def defined(op, inputs, scalars):

@@ -1,13 +1,15 @@
-// CUDA kernels on the CPU: a fiber a thread, the blocks of a cluster together, clusters in turn. Test-only.
+// CUDA kernels on the CPU: a fiber a thread, the blocks of a cluster together, clusters in turn or all at once. Test-only.
 //
 // It stands in for csrc/cuda/launch.cuh and ptx.cuh (KN_ON_CPU): barriers, copies by tensor map, wgmma by descriptor, clusters.
 // What is asynchronous on the chip happens here at a drawn moment: copies land and products are done at once or as late as the
-// waits allow, and fibers take turns in a drawn order, so that a missing wait shows as a wrong or poisoned value. A kernel that
-// can go on nowhere is reported with what each warp waits for. Threads of a warp share no instruction: lanes run apart between
-// the points where they meet. Not covered: memory ordering (fences are no-ops), speed, register limits.
+// waits allow, and fibers take turns in a drawn order, a warp now and then far behind the others, so that a missing wait shows as
+// a wrong or poisoned value. A kernel that can go on nowhere is reported with what each warp waits for. Threads of a warp share
+// no instruction: lanes run apart between the points where they meet. Not covered: memory ordering (fences are no-ops), speed,
+// register limits.
 #pragma once
 #include <cuda.h>
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_fp8.h>
 #include <cuda_runtime.h>
 #include <ucontext.h>
@@ -48,6 +50,7 @@ struct Grid {
     int threads;
     size_t shared = 0;
     int cluster = 1;
+    bool together = false;
 };
 
 namespace cpu {
@@ -71,10 +74,12 @@ struct Group {  // a named barrier
     int arrived = 0;
     uint64_t turn = 0;
 };
+enum class Type { e4m3, bf16, f16 };
 struct Product {
     float* d;
     int n, k;
-    bool bf16, columns, accumulate, registers;
+    Type type;
+    bool columns, accumulate, registers;
     uint64_t a, b;
     uint32_t ra[4];
 };
@@ -95,6 +100,8 @@ struct Fiber {
 struct Block {
     uint3 id;
     int rank, threads, alive;
+    std::vector<Block*> cluster;  // by rank
+    Group* meet;                  // of the cluster
     std::vector<unsigned char> memory;
     size_t size;
     std::map<uint64_t, Group> groups;
@@ -103,9 +110,9 @@ struct Block {
 };
 struct Machine {
     dim3 grid, block;
-    std::vector<std::unique_ptr<Block>> cluster;
-    std::vector<std::function<void()>> flying;  // copies that will land
-    Group meet;
+    std::vector<std::unique_ptr<Block>> blocks;  // that run at once: a cluster, or all
+    std::vector<std::function<void()>> flying;   // copies that will land
+    std::vector<Group> meet;                     // of each cluster
     ucontext_t main;
     Fiber* now = nullptr;
     std::mt19937_64 random;
@@ -148,7 +155,6 @@ inline void sync_warp(unsigned mask = 0xffffffff) {
     if (!(mask >> (me().index & 31) & 1)) fail("__syncwarp: the mask leaves this lane out");
     meet(here().groups[uint64_t(me().index / 32 + 1) << 32 | mask], __builtin_popcount(mask), "__syncwarp or a shuffle");
 }
-inline void sync_warpgroup(const char* what) { meet(here().groups[uint64_t(me().index / 128 + 1) << 48], 128, what); }
 
 inline void entry() {
     Fiber& f = me();
@@ -163,10 +169,10 @@ inline void entry() {
     leave();
 }
 
-inline void run_cluster() {
+inline void run_blocks() {
     Machine& m = *machine();
     std::vector<Fiber*> order;
-    for (auto& b : m.cluster)
+    for (auto& b : m.blocks)
         for (auto& f : b->fibers) {
             f.done = false;
             f.ready = nullptr;
@@ -179,11 +185,13 @@ inline void run_cluster() {
             order.push_back(&f);
         }
     size_t alive = order.size();
+    int held = -1;  // this warp of each block stands still while any other can go on
     while (alive) {
         bool moved = false;
         if (schedule().seed) std::shuffle(order.begin(), order.end(), m.random);
         for (Fiber* f : order) {
             if (f->done) continue;
+            if (f->index / 32 == held) continue;
             m.now = f;
             if (f->ready && !f->ready(f->asks)) continue;
             f->ready = nullptr;
@@ -204,6 +212,11 @@ inline void run_cluster() {
             land();
             moved = true;
         }
+        if (held >= 0 && !moved) {
+            held = -1;
+            continue;
+        }
+        if (schedule().seed && held < 0) held = int(m.random() % uint64_t(m.block.x / 32 * 2));
         if (alive && !moved) {
             std::map<std::string, int> waits;
             for (Fiber* f : order)
@@ -229,36 +242,44 @@ template <class F> void run(const char* name, const Grid& g, F body) {
     if (g.blocks.x % unsigned(g.cluster))
         throw std::runtime_error(std::string(name) + ": the grid is no multiple of the cluster");
     static std::vector<std::unique_ptr<char[]>> stacks;
+    const size_t all = size_t(g.blocks.x) * g.blocks.y * g.blocks.z, at_once = g.together ? all : size_t(g.cluster);
+    if (g.together && all > size_t(schedule().units))
+        throw std::runtime_error(std::string(name) + ": too many blocks to run at once");
     size_t used = 0;
-    for (int r = 0; r < g.cluster; ++r) {
-        m.cluster.push_back(std::make_unique<Block>());
-        Block& b = *m.cluster.back();
-        b.rank = r;
+    m.meet.resize(at_once / size_t(g.cluster));
+    for (size_t i = 0; i < at_once; ++i) {
+        m.blocks.push_back(std::make_unique<Block>());
+        Block& b = *m.blocks.back();
+        b.rank = int(i % size_t(g.cluster));
+        b.meet = &m.meet[i / size_t(g.cluster)];
         b.threads = g.threads;
         b.size = g.shared;
         b.memory.resize(g.shared + BASE + 2048);
         b.fibers.resize(size_t(g.threads));
-        for (int i = 0; i < g.threads; ++i) {
+        for (auto& f : b.fibers) {
             if (used == stacks.size()) stacks.emplace_back(new char[STACK]);
-            b.fibers[i].block = &b;
-            b.fibers[i].index = i;
-            b.fibers[i].stack = stacks[used++].get();
+            f.block = &b;
+            f.index = int(&f - b.fibers.data());
+            f.stack = stacks[used++].get();
         }
     }
+    for (size_t i = 0; i < at_once; ++i)
+        for (int r = 0; r < g.cluster; ++r)
+            m.blocks[i]->cluster.push_back(m.blocks[i / size_t(g.cluster) * size_t(g.cluster) + size_t(r)].get());
     Machine* outer = std::exchange(machine(), &m);
     try {
-        for (unsigned z = 0; z < g.blocks.z; ++z)
-            for (unsigned y = 0; y < g.blocks.y; ++y)
-                for (unsigned x = 0; x < g.blocks.x; x += unsigned(g.cluster)) {
-                    for (auto& b : m.cluster) {
-                        b->id = uint3{x + unsigned(b->rank), y, z};
-                        b->alive = b->threads;
-                        b->groups.clear();
-                        std::fill(b->memory.begin(), b->memory.end(), 0xFF);
-                    }
-                    m.meet = {};
-                    run_cluster();
-                }
+        for (size_t first = 0; first < all; first += at_once) {
+            for (size_t i = 0; i < at_once; ++i) {
+                Block& b = *m.blocks[i];
+                const unsigned at = unsigned(first + i);
+                b.id = uint3{at % g.blocks.x, at / g.blocks.x % g.blocks.y, at / g.blocks.x / g.blocks.y};
+                b.alive = b.threads;
+                b.groups.clear();
+                std::fill(b.memory.begin(), b.memory.end(), 0xFF);
+            }
+            for (Group& meet : m.meet) meet = {};
+            run_blocks();
+        }
     } catch (const std::exception& e) {
         machine() = outer;
         throw std::runtime_error(std::string(name) + ": " + e.what());
@@ -350,7 +371,7 @@ inline void landed(uint64_t* bar, uint32_t bytes) {
 
 // Which block of the cluster a pointer lies in, and its address there.
 inline Block& owner(const void* p) {
-    for (auto& b : machine()->cluster) {
+    for (Block* b : here().cluster) {
         const auto* q = static_cast<const unsigned char*>(p);
         if (q >= b->shared() && q < b->shared() + b->size) return *b;
     }
@@ -380,12 +401,22 @@ inline float bf16_value(const void* p) {
     return f;
 }
 
-// Values of an operand, n rows of k in rows of `to` or (`across`) in its columns; it lies in rows of k or (`columns`) of n.
-inline void fetch(Block& b, uint64_t descriptor, int n, int k, bool bf16, bool columns, float* to, bool across) {
+inline float f16_value(const void* p) {
+    uint16_t u;
+    std::memcpy(&u, p, 2);
+    return __half2float(__half(__half_raw{u}));
+}
+inline float value(Type type, const void* p) {
+    return type == Type::e4m3 ? e4m3(*static_cast<const uint8_t*>(p)) : type == Type::bf16 ? bf16_value(p) : f16_value(p);
+}
+
+// Values of an operand, n rows of k from row `first` on, in rows of `to` or (`across`) in its columns; it lies in rows of k or
+// (`columns`) of n.
+inline void fetch(Block& b, uint64_t descriptor, int first, int n, int k, Type type, bool columns, float* to, bool across) {
     if (descriptor >> 62 != 1) throw std::runtime_error("wgmma: only the 128-byte swizzle is known here");
     const uint32_t start = uint32_t(descriptor & 0x3fff) << 4, leading = uint32_t(descriptor >> 16 & 0x3fff) << 4,
                    stride = uint32_t(descriptor >> 32 & 0x3fff) << 4;
-    const int item = bf16 ? 2 : 1, per = 16 / item;  // values of a 16-byte chunk
+    const int item = type == Type::e4m3 ? 1 : 2, per = 16 / item;  // values of a 16-byte chunk
     const unsigned char* memory = b.shared() - BASE;
     auto chunk = [&](uint32_t at) {
         const uint32_t address = swizzle128(at);
@@ -393,47 +424,47 @@ inline void fetch(Block& b, uint64_t descriptor, int n, int k, bool bf16, bool c
             throw std::runtime_error("wgmma: an operand outside of shared memory");
         return memory + address;
     };
-    auto put = [&](int r, int i, const unsigned char* p) {
-        to[across ? i * n + r : r * k + i] = bf16 ? bf16_value(p) : e4m3(*p);
-    };
+    auto put = [&](int r, int i, const unsigned char* p) { to[across ? i * n + r : r * k + i] = value(type, p); };
     if (columns)
         for (int i = 0; i < k; ++i)
             for (int r = 0; r < n; r += per) {
-                const auto* p = chunk(start + uint32_t(r / 64) * leading + uint32_t(i / 8) * stride + uint32_t(i % 8) * 128 +
-                                      uint32_t(r % 64) * 2);
+                const int at = first + r;
+                const auto* p = chunk(start + uint32_t(at / 64) * leading + uint32_t(i / 8) * stride + uint32_t(i % 8) * 128 +
+                                      uint32_t(at % 64) * 2);
                 for (int j = 0; j < per; ++j) put(r + j, i, p + j * item);
             }
     else
         for (int r = 0; r < n; ++r)
             for (int i = 0; i < k; i += per) {
-                const auto* p = chunk(start + uint32_t(r / 8) * stride + uint32_t(r % 8) * 128 + uint32_t(i * item));
+                const int at = first + r;
+                const auto* p = chunk(start + uint32_t(at / 8) * stride + uint32_t(at % 8) * 128 + uint32_t(i * item));
                 for (int j = 0; j < per; ++j) put(r, i + j, p + j * item);
             }
 }
 
-// The product that all 128 threads of the caller's warpgroup issued as their next one.
-inline void multiply(Fiber* first, const std::vector<Product*>& all) {
+// A warp's 16 rows of the product that its 32 threads issued as their next one: warps of a warpgroup run apart.
+inline void multiply(Fiber* warp, const std::array<Product*, 32>& all) {
     const Product& p = *all[0];
-    Block& block = *first->block;
+    Block& block = *warp->block;
     for (Product* q : all)
         if (q->a != p.a || q->b != p.b || q->n != p.n || q->accumulate != p.accumulate)
             throw std::runtime_error("wgmma: lanes disagree");
     static std::vector<float> a, b, d;
-    a.resize(size_t(64 * p.k)), b.resize(size_t(p.k * p.n)), d.resize(size_t(64 * p.n));
+    a.resize(size_t(16 * p.k)), b.resize(size_t(p.k * p.n)), d.resize(size_t(16 * p.n));
     if (p.registers) {
-        for (int t = 0; t < 128; ++t)
+        for (int t = 0; t < 32; ++t)
             for (int i = 0; i < 8; ++i) {
                 const int r = fragment_row(t, i & 3), k = i / 4 * 8 + t % 4 * 2 + (i & 1);
                 const uint32_t word = all[size_t(t)]->ra[i / 2];
                 const uint16_t half = uint16_t(i & 1 ? word >> 16 : word);
-                a[size_t(r * p.k + k)] = bf16_value(&half);
+                a[size_t(r * p.k + k)] = value(p.type, &half);
             }
     } else {
-        fetch(block, p.a, 64, p.k, p.bf16, false, a.data(), false);
+        fetch(block, p.a, warp->index % 128 / 32 * 16, 16, p.k, p.type, false, a.data(), false);
     }
-    fetch(block, p.b, p.n, p.k, p.bf16, p.columns, b.data(), true);
+    fetch(block, p.b, 0, p.n, p.k, p.type, p.columns, b.data(), true);
     std::fill(d.begin(), d.end(), 0.0f);
-    for (int r = 0; r < 64; ++r) {
+    for (int r = 0; r < 16; ++r) {
         float* row = d.data() + r * p.n;
         for (int k = 0; k < p.k; ++k) {
             const float x = a[size_t(r * p.k + k)];
@@ -441,33 +472,33 @@ inline void multiply(Fiber* first, const std::vector<Product*>& all) {
             for (int j = 0; j < p.n; ++j) row[j] += x * other[j];
         }
     }
-    for (int t = 0; t < 128; ++t)
+    for (int t = 0; t < 32; ++t)
         for (int i = 0; i < p.n / 2; ++i) {
             float& to = all[size_t(t)]->d[i];
             to = (p.accumulate ? to : 0.0f) + d[size_t(fragment_row(t, i) * p.n + fragment_column(t, i))];
         }
 }
 
-// Does the oldest committed groups of this warpgroup until `left` remain; the last of its threads to come does the work.
+// Does the oldest committed groups of this warp until `left` remain; its first lane does the work.
 inline void finish(size_t left) {
-    sync_warpgroup("wgmma wait");
+    sync_warp();
     Fiber& f = me();
-    Fiber* first = &here().fibers[size_t(f.index / 128 * 128)];
-    if (&f == first)
-        for (; first->groups.size() > left;) {
-            const size_t count = first->groups[0].size();
+    Fiber* warp = &here().fibers[size_t(f.index / 32 * 32)];
+    if (&f == warp)
+        for (; warp->groups.size() > left;) {
+            const size_t count = warp->groups[0].size();
             for (size_t i = 0; i < count; ++i) {
-                std::vector<Product*> all;
-                for (int t = 0; t < 128; ++t) {
-                    if (first[t].groups.empty() || first[t].groups[0].size() != count)
+                std::array<Product*, 32> all;
+                for (int t = 0; t < 32; ++t) {
+                    if (warp[t].groups.empty() || warp[t].groups[0].size() != count)
                         fail("wgmma: lanes issued different products");
-                    all.push_back(&first[t].groups[0][i]);
+                    all[size_t(t)] = &warp[t].groups[0][i];
                 }
-                multiply(first, all);
+                multiply(warp, all);
             }
-            for (int t = 0; t < 128; ++t) first[t].groups.erase(first[t].groups.begin());
+            for (int t = 0; t < 32; ++t) warp[t].groups.erase(warp[t].groups.begin());
         }
-    sync_warpgroup("wgmma wait");
+    sync_warp();
 }
 
 template <class T> T atomic(T* p, T v) {
@@ -533,7 +564,7 @@ inline void barrier_wait_cluster(uint64_t* bar, uint32_t parity) { barrier_wait(
 static constexpr uint64_t EVICT_FIRST = 0x12f0000000000000, EVICT_NORMAL = 0x1000000000000000;
 
 template <class T> T* cluster_map(T* p, int rank) {
-    cpu::Block& b = *cpu::machine()->cluster.at(size_t(rank));
+    cpu::Block& b = *cpu::here().cluster.at(size_t(rank));
     return reinterpret_cast<T*>(b.shared() + (reinterpret_cast<unsigned char*>(p) - cpu::here().shared()));
 }
 inline void barrier_arrive_remote(uint64_t* bar, int rank) { cpu::arrive(cluster_map(bar, rank)); }
@@ -546,7 +577,7 @@ inline void load(void* to, const CUtensorMap* map, uint64_t* bar, int c0, int c1
     if (address + box_bytes(m) - BASE > here().size) fail("a copy lands outside of shared memory");
     for (int r = 0; r < 16; ++r)
         if (blocks >> r & 1) {
-            Block* b = machine()->cluster.at(size_t(r)).get();
+            Block* b = here().cluster.at(size_t(r));
             uint64_t* there = cluster_map(bar, r);
             auto land = [=] {
                 if (b->alive == 0) throw std::runtime_error("a copy lands in a block that has ended");
@@ -595,10 +626,13 @@ inline void cp_async_arrive(uint64_t* bar) {
 }
 inline uint32_t cluster_rank() { return uint32_t(cpu::here().rank); }
 inline void cluster_sync() {
-    cpu::meet(cpu::machine()->meet, int(cpu::machine()->cluster.size()) * cpu::here().threads, "cluster_sync");
+    cpu::meet(*cpu::here().meet, int(cpu::here().cluster.size()) * cpu::here().threads, "cluster_sync");
 }
 inline void part_sync(int id, int threads) { cpu::meet(cpu::here().groups[uint64_t(id)], threads, "part_sync"); }
 inline int uniform(int v) { return v; }
+inline void wait_count(const uint64_t* count, uint64_t mask, uint64_t least) {
+    cpu::wait_until("wait_count", [=] { return (*count & mask) >= least; });
+}
 template <int N> void registers_less() { static_assert(N % 8 == 0 && N >= 24 && N <= 256); }
 template <int N> void registers_more() { static_assert(N % 8 == 0 && N >= 24 && N <= 256); }
 inline void wgmma_fence() {}
@@ -613,13 +647,16 @@ template <int N> void wgmma_wait() {
 }
 template <int N> void hold(float (&)[N]) {}
 template <int N> void wgmma_e4m3(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
-    cpu::me().open.push_back({d, N, 32, false, false, accumulate, false, a, b, {}});
+    cpu::me().open.push_back({d, N, 32, cpu::Type::e4m3, false, accumulate, false, a, b, {}});
 }
 template <int N, bool columns = false> void wgmma_bf16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
-    cpu::me().open.push_back({d, N, 16, true, columns, accumulate, false, a, b, {}});
+    cpu::me().open.push_back({d, N, 16, cpu::Type::bf16, columns, accumulate, false, a, b, {}});
 }
 template <int N, bool columns = false> void wgmma_bf16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-    cpu::me().open.push_back({d, N, 16, true, columns, accumulate, true, 0, b, {a[0], a[1], a[2], a[3]}});
+    cpu::me().open.push_back({d, N, 16, cpu::Type::bf16, columns, accumulate, true, 0, b, {a[0], a[1], a[2], a[3]}});
+}
+template <int N> void wgmma_f16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+    cpu::me().open.push_back({d, N, 16, cpu::Type::f16, false, accumulate, true, 0, b, {a[0], a[1], a[2], a[3]}});
 }
 
 template <bool transposed = false> void stmatrix4(void* row, const uint32_t (&v)[4]) {
@@ -634,6 +671,24 @@ template <bool transposed = false> void stmatrix4(void* row, const uint32_t (&v)
             reinterpret_cast<uint16_t*>(at)[c] = uint16_t(half ? v[i] >> 16 : v[i]);
         }
     cpu::sync_warp();
+}
+inline void ldmatrix4_transposed(uint32_t (&v)[4], const void* row) {
+    if (shared_address(row) % 16) cpu::fail("ldmatrix4: a row is not aligned");
+    const int lane = cpu::me().index & 31;
+    for (int i = 0; i < 4; ++i) {
+        uint16_t both[2];
+        for (int half = 0; half < 2; ++half)  // the address of row r of matrix i comes from lane 8 i + r
+            both[half] = reinterpret_cast<const uint16_t*>(
+                cpu::from_lane(reinterpret_cast<uintptr_t>(row), 8 * i + lane % 4 * 2 + half, ~0u))[lane / 4];
+        v[i] = uint32_t(both[0]) | uint32_t(both[1]) << 16;
+    }
+}
+inline void widen_e4m3(uint32_t codes, uint32_t& low, uint32_t& high) {
+    uint32_t* const to[2] = {&low, &high};
+    for (int i = 0; i < 2; ++i) {
+        const __half2_raw pair = __nv_cvt_fp8x2_to_halfraw2(__nv_fp8x2_storage_t(codes >> 16 * i), __NV_E4M3);
+        *to[i] = pair.x | uint32_t(pair.y) << 16;
+    }
 }
 inline uint32_t pack_bf16(float low, float high) {
     auto bits = [](float f) {
@@ -670,6 +725,7 @@ inline unsigned __ballot_sync(unsigned mask, int p) {
     return kn::cuda::cpu::over_lanes<int>(p != 0, mask, 0,
                                           [](int all, int one, int i) { return int(unsigned(all) | unsigned(one) << i); });
 }
+inline int __all_sync(unsigned mask, int p) { return __ballot_sync(mask, p) == mask; }
 inline int __any_sync(unsigned mask, int p) { return __ballot_sync(mask, p) != 0; }
 inline int __reduce_add_sync(unsigned mask, int v) {
     return kn::cuda::cpu::over_lanes<int>(v, mask, 0, [](int all, int one, int) { return all + one; });
@@ -677,6 +733,12 @@ inline int __reduce_add_sync(unsigned mask, int v) {
 inline unsigned __match_any_sync(unsigned mask, int v) {
     return unsigned(kn::cuda::cpu::over_lanes<int64_t>(
         v, mask, 0, [v](int64_t all, int64_t one, int i) { return one == v ? all | int64_t(1) << i : all; }));
+}
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned s) {
+    const uint64_t both = a | uint64_t(b) << 32;
+    unsigned r = 0;
+    for (int i = 0; i < 4; ++i) r |= unsigned(both >> (s >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+    return r;
 }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __clz(int v) { return v ? __builtin_clz(unsigned(v)) : 32; }
@@ -705,5 +767,11 @@ inline float __frcp_rn(float a) { return 1.0f / a; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 template <class T> T __ldg(const T* p) { return *p; }
 template <class T> T atomicAdd(T* p, T v) { return kn::cuda::cpu::atomic(p, v); }
+template <class T> T atomicCAS(T* p, T old, T to) {
+    const T seen = *p;
+    if (seen == old) *p = to;
+    return seen;
+}
+inline void __threadfence() {}
 using std::max;
 using std::min;
