@@ -4,13 +4,15 @@ import datetime
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from kernomics.cost import CostError, Unknown, comm, serving
 from kernomics.cost.chips import Chip, Figure
-from kernomics.cost.model import Model
+from kernomics.cost.model import SLOTS, Model
 from kernomics.cost.price import Sources
 from kernomics.cost.serving import DoesNotFit, Plan, Tier, Workload
+from kernomics.cost.tables import Table, Tables
 
 V3 = Model.load("deepseek-v3")
 LLAMA = Model.load("llama-3.1-70b", weights="fp8")
@@ -102,17 +104,75 @@ def test_a_step_is_the_sum_of_its_parts():
     assert x.mark == "bound" and x.share["bound"] == 1
 
 
-def test_two_batches_hide_the_shorter_of_compute_and_communication():
-    plan = Plan(ep=64)
-    plain, halves = point(plan, 64).step, point(replace(plan, micro_batches=2), 64).step
-    moves = sum(p.total for p in halves.parts if p.layer == "communication")
-    work = sum(p.total for p in halves.parts if p.layer != "communication")
-    assert halves.seconds == pytest.approx(max(moves, work)) and halves.exposed == pytest.approx(max(moves - work, 0))
-    assert work > sum(p.total for p in plain.parts if p.layer != "communication")  # weights are read twice
-    half = point(replace(plan, micro_batches=2, overlap=0.5), 64).step
-    assert half.seconds == pytest.approx(moves + work - 0.5 * min(moves, work))
-    busy = point(replace(plan, micro_batches=2, comm_share=20 / 132), 64).step
-    assert busy.seconds == pytest.approx(max(moves, work / (112 / 132)))
+def slots(x, comm_share=0.0):
+    """Seconds of one half in a MoE layer, by slot, and of its dispatch and combine."""
+    found = dict.fromkeys(SLOTS, 0.0)
+    for p in x.parts:
+        if p.slot:
+            found[p.slot] += p.seconds / (1 - comm_share)
+    return *found.values(), *(p.seconds for p in x.parts if p.name in ("dispatch", "combine"))
+
+
+def serial(x, layers):
+    """Seconds of two halves one after the other, without those of ``layers`` MoE layers."""
+    return sum(p.total for p in x.parts) - layers * 2 * sum(slots(x))
+
+
+def test_two_batches_alternate_in_decode():
+    plan, layers = Plan(ep=64, micro_batches=2), 58
+    plain, halves = point(replace(plan, micro_batches=1), 64).step, point(plan, 64).step
+    projections, core, shared, routed, dispatch, combine = slots(halves)
+    layer = 2 * (max(shared + projections, dispatch) + routed + max(core, combine))
+    assert halves.seconds == pytest.approx(serial(halves, layers) + layers * layer)
+    assert halves.exposed == pytest.approx(layers * 2 * (max(0, dispatch - shared - projections) + max(0, combine - core)))
+    work = [sum(p.total for p in x.parts if p.layer != "communication") for x in (plain, halves)]
+    assert work[1] > work[0]  # weights are read twice
+    hidden = sum(p.total for p in halves.parts) - halves.seconds
+    assert hidden > 0
+    half = point(replace(plan, overlap=0.5), 64).step
+    assert half.seconds == pytest.approx(halves.seconds + hidden / 2)
+
+
+@pytest.mark.parametrize("link", (1e9, 50e9, 1e12))
+def test_two_batches_alternate_in_prefill(link):
+    plan, layers = Plan(ep=64, micro_batches=2, comm_share=24 / 132), 58
+    on = chip(scale_out_bytes_per_s=link)
+    x = serving.prefill_point(V3, on, SOURCES, plan, 8192, 4096).step
+    projections, core, shared, routed, dispatch, combine = slots(x, 24 / 132)
+    attention = projections + core
+    layer = max(attention + shared, combine) + max(attention, dispatch) + max(routed, dispatch) + max(routed + shared, combine)
+    rest = sum(p.total for p in x.parts if not p.slot and p.layer != "communication")
+    rest += sum(p.total for p in x.parts if p.layer == "attention") * 3 / 61  # of the dense layers
+    assert x.seconds == pytest.approx(rest / (108 / 132) + layers * layer)
+
+
+def test_two_batches_without_experts_hide_the_shorter():
+    x = point(Plan(tp=8, micro_batches=2), 64, model=LLAMA).step
+    work, moves = (sum(p.total for p in x.parts if (p.layer == "communication") == c) for c in (False, True))
+    assert x.seconds == pytest.approx(max(work, moves))
+
+
+# ---------------------------------------------------------------- what tables of experts include
+
+
+def tabled(includes):
+    """V3's experts on a chip of a table, 1 ms a call."""
+    t = 2 ** np.arange(0, 18)
+    dims = {"t": t, **{n: np.full(len(t), v) for n, v in dict(d=7168, n=2048, e=256, top_k=8, tp=1, ep=8).items()}}
+    return Sources(None, [Tables([Table("made-up", "moe", "fp8_block", dims, np.full(len(t), 1e-3), "test", includes=includes)])])
+
+
+@pytest.mark.parametrize("includes, left", [
+    ((), {"expert SwiGLU", "to expert order", "from expert order"}), (None, {"to expert order", "from expert order"}),
+    (("activation", "permutation"), set()),
+])
+def test_what_a_table_of_experts_includes_is_not_counted_twice(includes, left):
+    rows = {p.name: p for p in serving.decode_point(V3, CHIP, tabled(includes), Plan(ep=8), 64, 1024).step.parts}
+    parts = ("expert SwiGLU", "to expert order", "from expert order")
+    assert rows["routed experts"].seconds == 1e-3 and {n for n in parts if rows[n].seconds} == left
+    gone = [rows[n] for n in parts if n not in left]
+    assert all((p.mark, p.source) == ("imported", "within routed experts: test") for p in gone)
+    assert all(rows[n].seconds > 0 for n in ("MLP SwiGLU", "shared SwiGLU"))  # of other experts
 
 
 def test_imbalance_slows_the_experts():

@@ -48,7 +48,7 @@ SCENARIO = {  # an option for each field of cost.scenario.Scenario, where its de
     "load": (str, "A load to size a fleet for: '20 requests/s', or '50k tokens/s' of answers."),
     "utilisation": (float, "Share of the paid hours that serve [1]."),
     "records": (str, "Bench records: a .jsonl file or a folder. Default: the installed ones."),
-    "tables": (list[str], "Imported measurements: aic, infersim:<folder>, or a .csv or .parquet file; repeatable."),
+    "tables": (list[str], "Imported measurements: aic, infersim:<folder>, deepep (H800), or a .csv or .parquet file; repeatable."),
 }
 
 

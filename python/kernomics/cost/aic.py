@@ -9,7 +9,9 @@ Latencies there are milliseconds (DeepEP: microseconds). What its columns mean h
   and in fp8 were both measured on an fp8 cache the faster counts. num_heads are the rank's.
 - MoE: t = num_tokens counts the tokens of all tp * ep ranks together; the seconds are those of one rank, the busiest
   under a power law. Variants: the distribution; with ``deepep_prefill_`` and ``deepep_decode_`` before it for SGLang's
-  grouped products on tokens as DeepEP delivers them.
+  grouped products on tokens as DeepEP delivers them. All are whole calls, tokens in their own order in and out: with the
+  activation and the permutation (SGLang's run_moe_core: ep_scatter, products, silu and quantize, ep_gather; in decode DeepEP
+  delivers in expert order, and there is none). github.com/ai-dynamo/aiconfigurator, collector/sglang, read 2026-11-26.
 - Collectives: message_size counts elements.
 - DeepEP: t = tokens a rank, ranks = 8 a node; normal mode with 20 SMs, the library's default; dispatch in fp8,
   combine in bf16.
@@ -125,7 +127,8 @@ def _read(chip, kind, files):
         x, seconds = distinct(np.stack([np.concatenate([p[1][d] for p in parts]) for d in spec.dims], 1),
                               np.concatenate([p[2] for p in parts]))
         source = "aiconfigurator " + ", ".join(wheres)
-        yield Table(chip, kind, dtype, dict(zip(spec.dims, x.T)), seconds, source, variant=variant, note=note)
+        includes = ("activation", "permutation") if kind == "moe" else ()
+        yield Table(chip, kind, dtype, dict(zip(spec.dims, x.T)), seconds, source, variant=variant, note=note, includes=includes)
 
 
 class Columns:

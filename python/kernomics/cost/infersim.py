@@ -7,7 +7,8 @@
     grouped_gemm/<decode|prefill>/<chip>/data.csv   both products of a rank's experts, fp8, 128 x 128 scales
 
 A grouped product's tokens are the rank's; here they count over all ranks. decode is the masked, prefill the contiguous
-layout: variants ``balanced_decode`` and ``balanced_prefill``. A first line of numbers is data under the usual columns.
+layout: variants ``balanced_decode`` and ``balanced_prefill``. The products alone are timed, without the activation between
+them; the masked layout is what DeepEP's low-latency dispatch writes, so no permutation goes with it. A first line of numbers is data under the usual columns.
 """
 
 import csv
@@ -53,7 +54,8 @@ def _tables(root, chip, kind, files, read):
     for (dtype, variant), found in rows.items():
         dims = {d: np.array([r[d] for r, _, _ in found]) for d in KINDS[kind].dims}
         source = "InferSim " + ", ".join(dict.fromkeys(place for _, _, place in found))
-        yield Table(chip, kind, dtype, dims, np.array([s for _, s, _ in found]), source, variant=variant)
+        includes = ("permutation",) if variant == "balanced_decode" else ()
+        yield Table(chip, kind, dtype, dims, np.array([s for _, s, _ in found]), source, variant=variant, includes=includes)
 
 
 def _rows(file, name, usual):

@@ -309,11 +309,16 @@ class Shard:
 WHOLE = Shard()
 
 
+PROJECTIONS, CORE, SHARED, ROUTED = SLOTS = ("projections", "core", "shared", "routed")
+
+
 @dataclass(frozen=True)
 class Row:
     """One operator of a step: ``count`` calls with these dims. ``op`` is None where no op of ours does it.
 
-    ``kind``, ``units`` and ``lookup`` name the call as imported tables do (see ``tables.py``).
+    ``kind``, ``units`` and ``lookup`` name the call as imported tables do (see ``tables.py``). ``slot`` is the part of a MoE
+    layer it belongs to where two batches alternate: up to the core of attention, from there to the router, shared experts,
+    routed ones. ``part`` is what a table of routed experts may have measured with them: activation, permutation.
     """
 
     layer: str  # attention (every layer), dense, moe, head
@@ -327,6 +332,8 @@ class Row:
     units: str = ""  # dtype in a table's words
     lookup: dict = field(default_factory=dict)
     variants: tuple = ()  # of a table, best first; then the table's own choice
+    slot: str = ""
+    part: str = ""
 
 
 @dataclass(frozen=True)
@@ -534,9 +541,11 @@ class Rows:
 
     def __init__(self, model, layer, count, shard):
         self.model, self.layer, self.count, self.shard, self.rows = model, layer, count, shard, []
+        self.slot = self.part = ""  # of the rows that follow
 
     def add(self, name, op, dims, dtype, work, kind=None, units="", lookup=(), variants=()):
-        self.rows.append(Row(self.layer, name, op, dims, dtype, self.count, work, kind, units, dict(lookup), variants))
+        self.rows.append(Row(self.layer, name, op, dims, dtype, self.count, work, kind, units, dict(lookup), variants,
+                             self.slot, self.part))
 
     def pass_over(self, name, size):
         """An elementwise pass that reads and writes ``size`` bytes in all: no op of ours."""
@@ -576,6 +585,7 @@ class Rows:
         """MLA: absorbed where it decodes (each query sees all keys), expanded where it prefills."""
         h, cache, linears = a.h // self.shard.tp, self.shard.cache, a.linears(self.model.d, self.shard.tp)
         tensor = "bf16" if cache == "bf16" else "u8"
+        self.slot = PROJECTIONS
         self.norms(t)
         for name in [n for n in linears if n not in ("kv_b", "o", "index q")]:
             self.linear(name, t, *linears[name])
@@ -585,6 +595,7 @@ class Rows:
             self.index(a, t, s, linears)
         if decode or a.index:
             self.bmm("absorb W_uk", h, t, LATENT, NOPE)
+            self.slot = CORE
             if a.index:
                 keys = min(s, a.index.top_k)
                 self.op("MLA decode", "mla_decode_sparse", dtype="bf16", b=b, q=q, h=h, top_k=keys, page=PAGE,
@@ -598,6 +609,7 @@ class Rows:
         else:
             self.linear("kv_b", b * s, *linears["kv_b"])  # of the prefix too
             self.pass_over("assemble K", 2 * b * s * h * (NOPE + (NOPE + ROPE)))
+            self.slot = CORE
             self.op("MLA prefill", "mla_prefill", dtype="bf16", t=t, s=b * s, h=h, b=b, kind="mla_prefill", units="bf16",
                     lookup={"b": b, "t": q, "prefix": s - q, "h": h})
         self.linear("o", t, *linears["o"])
@@ -616,6 +628,7 @@ class Rows:
     def grouped(self, a, t, b, q, s, decode):
         tp, hd = self.shard.tp, a.head_dim
         h, kv_heads, linears = a.h // tp, max(1, a.kv_heads // tp), a.linears(self.model.d, tp)
+        self.slot = PROJECTIONS
         self.norms(t)
         self.linear("qkv", t, *linears["qkv"])
         self.pass_over("RoPE and append KV", 2 * t * (2 * h + 3 * kv_heads) * hd)
@@ -623,6 +636,7 @@ class Rows:
         pairs = b * (q * (s - q) + q * (q + 1) / 2)  # query-key pairs of a head
         work = Work(4 * h * hd * pairs, 2 * size * b * s * kv_heads * hd + 4 * t * h * hd)
         shape = {"b": b, "h": h, "kv_heads": kv_heads, "head_dim": hd}
+        self.slot = CORE
         if decode:
             self.add("GQA decode", None, {**shape, "q": q, "s": s}, "bf16", work, "gqa_decode", self.shard.cache,
                      {**shape, "h": q * h, "s": s})
@@ -636,9 +650,11 @@ class Rows:
     def moe(self, moe, t, phase):
         """Router, routed experts and shared ones. ``t``: tokens of this chip; its experts see those of all EP chips."""
         shard, d = self.shard, self.model.d
+        self.slot = CORE
         self.bmm("router", 1, t, moe.e, d)
         self.op("route", "moe_route", t=t, e=moe.e, top_k=moe.top_k, n_group=moe.n_group, topk_group=moe.topk_group,
                 **({"bias": "f32"} if moe.bias else {}), **moe.route)
+        self.slot = ROUTED
         everyone = t * shard.ep / shard.tp if shard.ep > 1 else t  # tokens of the group; TP chips hold the same ones
         variants = (f"balanced_{phase}",)
         if shard.ep > 1:  # tokens as DeepEP delivers them
@@ -654,9 +670,12 @@ class Rows:
             share = held / (moe.e + shard.redundant)  # a token's chance to reach one of these, spread over copies
             active = max(1, min(held, rows, round(held * (1 - (1 - moe.top_k * share / held) ** everyone))))
             dims = dict(t=rows, d=d, n=moe.n, e=held, top_k=1, active=active)
+            self.part = "permutation"
             self.pass_over("to expert order", rows * 2 * token_bytes(d))
-            self.op("expert SwiGLU", "swiglu_quantize", t=rows, n=moe.n)
             self.pass_over("from expert order", rows * 2 * 2 * d)
+            self.part = "activation"
+            self.op("expert SwiGLU", "swiglu_quantize", t=rows, n=moe.n)
+            self.part = ""
         experts = self.model.experts
         if experts == "nvfp4":
             work = OPS["moe_experts_bf16"].work(**dims)
@@ -667,6 +686,7 @@ class Rows:
             self.op("routed experts", "moe_experts" if experts == "fp8" else "moe_experts_bf16", dtype=experts, kind="moe",
                     units="fp8_block" if experts == "fp8" else "bf16", lookup=lookup, variants=variants, **dims)
         if moe.shared:
+            self.slot = SHARED
             self.mlp("shared", t, moe.shared * moe.n // shard.tp)
 
 

@@ -6,6 +6,8 @@ from kernomics.cost import Unknown, wrong
 from kernomics.cost.economics import chips_needed, dollars_per_mtoken, roofline_seconds, shared_seconds, tokens_per_second
 from kernomics.cost.measured import BOUND, DERATED, MARKS, MEASURED, Measured, weakest
 
+WHOLE = ("activation", "permutation")  # of our op moe_experts, which takes tokens in their own order
+
 
 @dataclass(frozen=True)
 class Timed:
@@ -17,6 +19,7 @@ class Timed:
     why: str = ""
     source: str = ""
     sigma: float | None = None  # relative, of an imported figure
+    includes: tuple = ()  # parts of the row's layer that were measured with it
 
     @property
     def step_seconds(self):
@@ -59,21 +62,23 @@ class Sources:
         found = known.get(key)
         if found is None:
             found = known[key] = self._time(row, chip)
-        return Timed(row, found.seconds, found.mark, found.why, found.source, found.sigma)
+        return Timed(row, found.seconds, found.mark, found.why, found.source, found.sigma, found.includes)
 
     def _time(self, row, chip):
         found = self.measured.seconds(chip.key, row.op, row.dims) if row.op else None
         if found and found[1] == MEASURED:
-            return Timed(row, *found, source="bench records")
+            return Timed(row, *found, source="bench records", includes=WHOLE if row.kind == "moe" else ())
         try:
             limit, why = bound(row, chip), ""
         except Unknown as error:
             limit, why = None, str(error)
         if found:  # between two points, yet never faster than the roofline
-            return Timed(row, max(found[0], limit or 0.0), found[1], source="bench records")
+            return Timed(row, max(found[0], limit or 0.0), found[1], source="bench records",
+                         includes=WHOLE if row.kind == "moe" else ())
         imported = self.imported(row.kind, row.units, row.lookup, chip, row.variants)
         if imported:
-            return Timed(row, max(imported.seconds, limit or 0.0), imported.mark, source=imported.source, sigma=imported.sigma)
+            return Timed(row, max(imported.seconds, limit or 0.0), imported.mark, source=imported.source, sigma=imported.sigma,
+                         includes=imported.includes)
         if limit is None or not self.call_latency and self.bandwidth_share == 1:
             return Timed(row, limit, BOUND, why, "" if why else "roofline")
         seconds = self.call_latency + max(limit, row.work.bytes / (self.bandwidth_share * chip.need("bytes_per_s")))
@@ -94,6 +99,18 @@ class Sources:
 def time(row, chip, measured):
     """A row's seconds from the best source there is."""
     return (measured if isinstance(measured, Sources) else Sources(measured)).time(row, chip)
+
+
+def times(rows, chip, measured):
+    """[Timed] of a step's rows; a part of a layer that was measured with another row of it takes no time of its own."""
+    timed = [time(row, chip, measured) for row in rows]
+    within = {(t.row.layer, part): t for t in timed for part in t.includes}
+
+    def once(t):
+        whole = within.get((t.row.layer, t.row.part))
+        return t if whole is None else Timed(t.row, 0.0, whole.mark, source=f"within {whole.row.name}: {whole.source}")
+
+    return [once(t) for t in timed]
 
 
 @dataclass(frozen=True)
@@ -158,7 +175,7 @@ def price(rows, chip, measured, *, tokens, users, memory, dollars_per_hour=None)
     """The Price of a step: its rows, the tokens it makes, the users it serves and the bytes it must hold."""
     room = chip.get("memory_bytes")
     dollars = chip.get("dollars_per_hour") if dollars_per_hour is None else dollars_per_hour
-    return Price(chip, [time(row, chip, measured) for row in rows], tokens, users,
+    return Price(chip, times(rows, chip, measured), tokens, users,
                  chips_needed(memory, room) if room else None, dollars)
 
 

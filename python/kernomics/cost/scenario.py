@@ -65,7 +65,7 @@ class Scenario(Checked):
     load: str | None = Field(None, description="to size a fleet for: 20 requests/s, or 50k tokens/s of answers")
     utilisation: float = Field(1.0, gt=0, le=1, description="share of the paid hours that serve")
     records: str | None = Field(None, description="bench records: a .jsonl file or a folder")
-    tables: list[str] = Field([], description="imported tables: aic, infersim:<folder>, or a .csv or .parquet file")
+    tables: list[str] = Field([], description="imported tables: aic, infersim:<folder>, deepep, or a .csv or .parquet file")
 
     @field_validator("dollars_per_hour", "sold")
     @classmethod
@@ -174,7 +174,7 @@ def _pools(entry):
 
 
 def open_tables(name, chips):
-    """Imported tables by name: ``aic`` (the installed aiconfigurator), ``infersim:<folder>``, a .csv or .parquet file."""
+    """Imported tables by name: ``aic`` (the installed aiconfigurator), ``infersim:<folder>``, ``deepep``, a .csv or .parquet."""
     if name == "aic" or name.startswith("aic:"):
         from kernomics.cost import aic
 
@@ -185,6 +185,10 @@ def open_tables(name, chips):
         from kernomics.cost import infersim
 
         return [infersim.load(name.partition(":")[2], chip) for chip in chips]
+    if name == "deepep" or name.startswith("deepep:"):
+        from kernomics.cost import deepep
+
+        return [deepep.Exchange(name.partition(":")[2] or deepep.NEWEST)]
     from kernomics.cost import tables
 
     return [tables.read(name)]

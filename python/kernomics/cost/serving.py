@@ -11,7 +11,8 @@ from kernomics.cost import CostError, Unknown, wrong
 from kernomics.cost import comm as links
 from kernomics.cost.economics import HOURS_PER_MONTH, memory_dollars, tokens_per_step
 from kernomics.cost.measured import BOUND, MARKS, weakest
-from kernomics.cost.model import Moe, Shard, token_bytes
+from kernomics.cost.model import SLOTS, Moe, Shard, token_bytes
+from kernomics.cost.price import times
 
 UNCOUNTED = "links unknown: not counted"
 MEMORY_SHARE = 0.9  # of a chip's memory that weights and cache may take: the default of vLLM's gpu_memory_utilization
@@ -21,9 +22,9 @@ MEMORY_SHARE = 0.9  # of a chip's memory that weights and cache may take: the de
 class Plan:
     """How chips share a model, and what is overlapped.
 
-    ``micro_batches`` = 2 runs one half's communication beside the other half's compute, and hides ``overlap`` of what can
-    be hidden; ``comm_share`` of the compute
-    units are then lost to communication (24 of 132 SMs in DeepSeek's prefill on an H800, 0 for RDMA without them).
+    ``micro_batches`` = 2 runs one half's communication beside the other half's compute (see ``elapsed``), and hides
+    ``overlap`` of what can be hidden; ``comm_share`` of the compute units are then lost to communication (24 of 132 SMs in
+    DeepSeek's prefill on an H800, 0 for RDMA without them).
     ``drafts`` tokens are guessed by the MTP module and right with probability ``acceptance`` each, until the first miss.
     """
 
@@ -143,6 +144,7 @@ class Part:
     mark: str
     source: str = ""
     sigma: float | None = None
+    slot: str = ""  # of model.Row
 
     @property
     def total(self):
@@ -184,26 +186,50 @@ def step(model, chip, sources, plan, *, decode, b, s, q=1, prefix=0, check=True)
     moves = [*_communication(model, chip, sources, plan, ceil(t / halves), decode)]
     if decode and plan.drafts:
         parts += _drafting(model, parts, plan.drafts)
-    compute, comm = (halves * sum(p.total for p in x) for x in (parts, moves))
-    if halves == 2:
-        compute /= 1 - plan.comm_share
-        hidden = plan.overlap * min(compute, comm)
-        seconds, exposed = compute + comm - hidden, comm - hidden
-    else:
-        seconds, exposed = compute + comm, comm
     every = tuple(replace(p, count=p.count * halves) for p in (*parts, *moves))
-    seconds += plan.step_overhead
+    seconds, exposed = elapsed(every, plan, decode, halves)
     tokens = b * plan.tokens_per_step if decode else t
-    return Step(every, seconds, exposed, tokens, memory)
+    return Step(every, seconds + plan.step_overhead, exposed, tokens, memory)
+
+
+def elapsed(parts, plan, decode, halves):
+    """(seconds of a step made of these parts, of its communication that no compute hides).
+
+    Of two halves one computes while the other communicates, as DeepSeek publishes it (profile-data, assets/prefill.jpg and
+    decode.jpg, 2025-02-27 and 2025-03-21): in prefill combine runs beside attention and shared experts of the other half,
+    dispatch beside attention, dispatch beside routed experts, combine beside routed and shared experts; in decode dispatch
+    beside shared experts and projections, combine beside the core of attention and what follows. The longer of such a pair
+    sets its time. Other communication hides behind what compute is left.
+    """
+    moves, work = ([p for p in parts if (p.layer == "communication") == c] for c in (True, False))
+    comm, compute = (sum(p.total for p in x) for x in (moves, work))
+    if halves == 1:
+        return compute + comm, comm
+    compute /= 1 - plan.comm_share
+    hidden, paired = 0.0, {p.name: p for p in moves if p.name in ("dispatch", "combine")}
+    if paired:
+        once = dict.fromkeys(SLOTS, 0.0)  # seconds of one half in a MoE layer
+        for p in work:
+            if p.slot:
+                once[p.slot] += p.seconds / (1 - plan.comm_share)
+        projections, core, shared, routed = (once[slot] for slot in SLOTS)
+        dispatch, combine = paired["dispatch"], paired["combine"]
+        beside = ([(shared + projections, dispatch), (core, combine)] * 2 if decode else
+                  [(projections + core + shared, combine), (projections + core, dispatch), (routed, dispatch),
+                   (routed + shared, combine)])
+        hidden = dispatch.count / halves * sum(min(seconds, move.seconds) for seconds, move in beside)
+    hidden += min(compute - hidden, sum(p.total for p in moves if p.name not in paired))
+    hidden *= plan.overlap
+    return compute + comm - hidden, comm - hidden
 
 
 def _compute(model, chip, sources, plan, decode, b, s, q, prefix):
     rows = model.decode(b, s, q, plan.shard) if decode else model.prefill(b * s, b, prefix, plan.shard)
-    for row in rows:
-        timed = sources.time(row, chip)
+    for timed in times(rows, chip, sources):
+        row = timed.row
         if timed.seconds is None:
             raise Unknown(timed.why)
-        yield Part(row.layer, row.name, timed.seconds, row.count, timed.mark, timed.source, timed.sigma)
+        yield Part(row.layer, row.name, timed.seconds, row.count, timed.mark, timed.source, timed.sigma, row.slot)
 
 
 def _communication(model, chip, sources, plan, t, decode):
@@ -244,7 +270,7 @@ def _drafting(model, parts, drafts):
     count = max(b.count for b in model.blocks[-1:])
     for p in parts:
         if p.layer in ("attention", model.blocks[-1].name):
-            yield replace(p, layer="MTP", count=1, seconds=drafts / (drafts + 1) * p.seconds * (p.count / (
+            yield replace(p, layer="MTP", count=1, slot="", seconds=drafts / (drafts + 1) * p.seconds * (p.count / (
                 model.layers if p.layer == "attention" else count)))
         elif p.layer == "head":
             yield replace(p, layer="MTP", seconds=drafts / (drafts + 1) * p.seconds)

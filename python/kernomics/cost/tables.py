@@ -51,6 +51,7 @@ class Kind:
     zero: tuple = ()  # dims that may be 0
     noise: float = NOISE  # of interpolate.Surface
     tiles: dict = field(default_factory=dict)  # dim -> size that kernels pad it to
+    includes: tuple = ()  # parts of a model's layer measured with it, where a table says nothing else
 
     @cached_property
     def axes(self):
@@ -107,7 +108,8 @@ KINDS = {
                         zero=("prefix",)),
     # Two grouped products with SwiGLU between on one of tp * ep ranks; t counts the tokens of all of them together.
     "moe": Kind(("t", "d", "n", "e", "top_k", "tp", "ep"), _moe, classes=("d", "n", "e", "top_k"), free=("tp", "ep"),
-                prefer=("power_law_1.01", "balanced", "uniform", "balanced_prefill", "balanced_decode", None)),
+                prefer=("power_law_1.01", "balanced", "uniform", "balanced_prefill", "balanced_decode", None),
+                includes=("activation",)),
     "all_reduce": COLLECTIVE,  # bytes of the buffer
     "all_gather": COLLECTIVE,  # bytes that a rank ends with
     "reduce_scatter": COLLECTIVE,  # bytes that a rank starts with
@@ -130,6 +132,7 @@ class Table:
     date: str = ""
     variant: str | None = None
     note: str = ""
+    includes: tuple | None = None  # parts measured with it (model.Row.part); None: its kind's
 
     def __post_init__(self):
         for name, value, allowed in (("kind", self.kind, KINDS), ("dtype", self.dtype, BITS)):
@@ -138,6 +141,8 @@ class Table:
         missing = [d for d in KINDS[self.kind].dims if d not in self.dims]
         if missing:
             raise wrong(f"{self.source}: {self.kind}.{missing[0]}", None, "a column of integers")
+        if self.includes is None:
+            object.__setattr__(self, "includes", KINDS[self.kind].includes)
 
     @property
     def x(self):
@@ -153,6 +158,7 @@ class Found:
     source: str
     sigma: float
     note: str = ""
+    includes: tuple = ()  # parts of a layer measured with it
 
 
 class Shapes:
@@ -312,7 +318,7 @@ class Tables:
         sigma = float(np.hypot(self._errors[id(shapes)], point.sigma))
         like = ", ".join(f"{d} {v}" for d, v in zip(shapes.kind.classes, donor))
         return Found(point.seconds * ratio, TRANSFERRED, shapes.table.source, sigma, _note(
-            f"seconds of {like}, scaled by work", shapes.table.note, _beyond(point)))
+            f"seconds of {like}, scaled by work", shapes.table.note, _beyond(point)), shapes.table.includes)
 
     def _from_dtype(self, donor, dtype, key, x, others, near=None):
         """From another dtype's table of the same variant; ``near`` an answer already carried over to the class."""
@@ -320,7 +326,8 @@ class Tables:
             point = donor.surface(key).seconds(x)
             if point is None:
                 return None
-            near = Found(point.seconds, IMPORTED, donor.table.source, point.sigma, _note(donor.table.note, _beyond(point)))
+            near = Found(point.seconds, IMPORTED, donor.table.source, point.sigma, _note(donor.table.note, _beyond(point)),
+                         donor.table.includes)
             like = key
         else:
             like = _nearest(donor, key)
@@ -333,7 +340,7 @@ class Tables:
             self._errors[known] = max((_dtype_error(donor, o) for o in own or judged), default=UNJUDGED)
         sigma = float(np.hypot(self._errors[known], near.sigma))
         return Found(near.seconds * ratio, TRANSFERRED, near.source, sigma,
-                     _note(f"seconds of {donor.table.dtype}, scaled by work", near.note))
+                     _note(f"seconds of {donor.table.dtype}, scaled by work", near.note), near.includes)
 
 
 def _asked(spec, kind, dims):
@@ -351,7 +358,8 @@ def _at(shapes, key, x):
     if point is None:
         return None
     mark = TRANSFERRED if point.outside > 0 else IMPORTED
-    return Found(point.seconds, mark, shapes.table.source, point.sigma, _note(shapes.table.note, _beyond(point)))
+    return Found(point.seconds, mark, shapes.table.source, point.sigma, _note(shapes.table.note, _beyond(point)),
+                 shapes.table.includes)
 
 
 def _beyond(point):

@@ -22,6 +22,7 @@ DAY6 = "DeepSeek, open-infra-index, day 6"
 PROFILE = "DeepSeek, profile-data, README"
 LMSYS = "lmsys.org/blog/2025-05-05-large-scale-ep"
 IX, V3_REPORT = "SemiAnalysis InferenceX v2", "arXiv:2412.19437"
+RELEASE = "2025-02"  # of DeepEP: that of the days of the profile and of day 6
 PREFILL_SMS = 24 / 132  # DeepSeek's prefill: 24 SMs communicate beside 108 that compute (profile-data, assets/prefill.jpg)
 
 
@@ -63,9 +64,9 @@ class Env:
 
                 self._open[name, chip] = [aic.load(chip, path=self.paths["aic"])]
             else:
-                from kernomics.cost import infersim
+                from kernomics.cost import deepep, infersim
 
-                self._open[name, chip] = [infersim.load(self.paths["infersim"], chip)]
+                self._open[name, chip] = [infersim.load(self.paths["infersim"], chip), deepep.Exchange(RELEASE)]
         return self._open[name, chip]
 
     def model(self, name, **dtypes):
@@ -83,10 +84,13 @@ def _speed(env, model, chip, tables, plan, call=3e-6, share=0.8, comm=1.0, kerne
     chip = env.chips[chip]
     sources = Sources(None, env.tables(tables, chip.key) if tables else (), call, share)
     x = serving.step(env.model(model), chip, sources, plan, check=False, **step)
-    moves = comm * sum(p.total for p in x.parts if p.layer == "communication")
-    work = sum(p.total * (kernels if p.mark in (IMPORTED, TRANSFERRED) else 1.0) for p in x.parts if p.layer != "communication")
-    work /= 1 - plan.comm_share  # two batches, as every plan here
-    return x.tokens * plan.groups / (work + moves - plan.overlap * min(work, moves)) / max(plan.tp, plan.ep)
+
+    def scale(p):
+        return comm if p.layer == "communication" else kernels if p.mark in (IMPORTED, TRANSFERRED) else 1.0
+
+    parts = [replace(p, seconds=p.seconds * scale(p)) for p in x.parts]
+    seconds, _ = serving.elapsed(parts, plan, step["decode"], 2)  # two batches, as every plan here
+    return x.tokens * plan.groups / seconds / max(plan.tp, plan.ep)
 
 
 def _day6_prefill(env, imbalance, overlap, **ranges):
@@ -154,7 +158,7 @@ CONTEXT = "131072..135168..139264"  # of 128k + 8k requests: first token, middle
 # 0.25 (root mean square of the logarithm; V3's shapes, H100 and H200): 0.25 / sqrt(2) of each.
 KERNELS = {"dist": "lognormal", "median": 1.0, "sigma": 0.18}
 TABLED = {"call": CALL, "share": SHARE, "kernels": KERNELS}
-RANGES = {**TABLED, "comm": "1.0..1.0..1.4"}  # DeepEP reaches 70 to 100 % of the links' peak
+RANGES = {**TABLED, "comm": "0.76..1.0..1.0"}  # DeepEP's next release, two months later, takes 44/58 of the time at 32 ranks
 
 TARGETS = (
     Target("B2 cost", "a day of 226.75 nodes at $2 a GPU-hour", 87_072, "$/day", DAY6,
@@ -178,7 +182,7 @@ TARGETS = (
            {"b": "64..96..128", "imbalance": "1.0..1.1..1.4", "overlap": "0.5..0.9..1.0", **RANGES}, tables="infersim",
            kind="prediction", note="published is a mean over 24 h; its batch is not stated"),
     Target("B5 in", "prefill, H800, EP32, 4k prompts, balanced", 7_839, "tok/s", PROFILE, _profile_prefill, RANGES,
-           gate=0.12, tables="infersim", kind="prediction", note="InferSim's own error: +15.2 %"),
+           gate=0.12, tables="infersim", kind="prediction", note="InferSim's own error: +15.2 %; on DeepEP's release of April 2025 the model's: +16.0 %"),
     Target("B5 out", "decode, H800, EP128, 128 a GPU, 4k cached", 2_324, "tok/s", PROFILE, _profile_decode, RANGES, gate=0.12,
            tables="infersim", kind="prediction", note="InferSim's own error: +15.1 %"),
     Target("B7 in", "prefill, 8 H100, EP32, 2,000-token prompts", 52_300, "tok/s", LMSYS,
