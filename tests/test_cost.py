@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from kernomics.cost import CostError, chips, economics, report
 from kernomics.cost.measured import BOUND, INTERPOLATED, MEASURED, Measured, log_log, read, weakest
 from kernomics.cost.model import Model
-from kernomics.cost.price import bound, price, time
+from kernomics.cost.price import Request, bound, price, time
 
 V3 = Model.load("deepseek-v3")
 CPU = "cpu-test-avx2-2t"
@@ -179,6 +180,42 @@ def test_price_of_a_step_by_hand():
     assert p.chip_seconds == pytest.approx(58 * one + 3 * p.layer_seconds("attention", "dense") + p.layer_seconds("head"))
 
 
+def priced_request(hit=0.5, **fields):
+    """3,000 + 1,000 tokens on an H200 at $3.60/h: prefill of 1,000 tokens in one step, decode of 64."""
+    h200 = chips.load()["h200"]
+    fill = price(V3.prefill(1000), h200, Measured([]), tokens=1000, users=1, memory=1e9, dollars_per_hour=3.6)
+    decode = price(V3.decode(64, 4096), h200, Measured([]), tokens=64, users=64, memory=1e9, dollars_per_hour=3.6)
+    tokens = {"in": 3000 - round(3000 * hit), "cached": round(3000 * hit), "out": 1000}
+    return Request(fill, decode, tokens, **fields), 0.001 * fill.chip_seconds / 1000, 0.001 * decode.chip_seconds / 64
+
+
+def test_a_request_by_hand():
+    request, each_in, each_out = priced_request()
+    whole = 1500 * each_in + 1000 * each_out
+    assert request.dollars == pytest.approx(whole) and request.blended == pytest.approx(whole / 4000 * 1e6)
+    for allocation in ("pool", "time"):  # one kind of chip: its time is its pool
+        found = priced_request(allocation=allocation)[0].mtoken
+        assert found == {"in": pytest.approx(each_in * 1e6), "cached": 0.0, "out": pytest.approx(each_out * 1e6)}
+    sold = {"in": 0.55, "cached": 0.14, "out": 2.19}
+    found = priced_request(allocation="price", sold=sold)[0].mtoken
+    share = whole / (1500 * 0.55 + 1500 * 0.14 + 1000 * 2.19)  # one margin for all
+    assert found == {kind: pytest.approx(dollars * share * 1e6) for kind, dollars in sold.items()}
+    assert set(priced_request(hit=0.0)[0].mtoken) == {"in", "out"}
+
+
+@pytest.mark.parametrize("allocation, sold", [("pool", {}), ("time", {}), ("price", {"in": 1.0, "cached": 0.1, "out": 4.0})])
+def test_a_request_pays_for_all_its_tokens_under_any_allocation(allocation, sold):
+    request, *_ = priced_request(allocation=allocation, sold=sold)
+    paid = sum(n * request.mtoken[kind] for kind, n in request.tokens.items()) / 1e6
+    assert paid == pytest.approx(request.dollars)
+
+
+def test_a_request_without_a_price_has_none():
+    request, *_ = priced_request()
+    unpriced = replace(request, decode=replace(request.decode, dollars_per_hour=None))
+    assert (unpriced.dollars, unpriced.mtoken, unpriced.blended) == (None, {}, None)
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -221,7 +258,34 @@ def test_price_as_json(records):
     assert marks["routed experts"] == MEASURED and marks["router"] == BOUND
 
 
+REQUEST = ("--tokens-in", 3000, "--tokens-out", 500, "--hit", 0.4)
+SOLD = ("--allocation", "price", "--sold", "in=0.55", "--sold", "cached=0.14", "--sold", "out=2.19")
+
+
+@pytest.mark.parametrize("options", [(), REQUEST, REQUEST + ("--allocation", "time"), REQUEST + SOLD])
+def test_price_of_a_request(records, options):
+    text = run("--records", records, "--plot", "", *options).output
+    assert "request" in text and max(map(len, text.splitlines())) <= 100
+    assert ("$/Mtok cached" in text) == bool(options)
+    found = json.loads(run("--records", records, "--json", *options).stdout)["request"]["h200"]
+    assert found["tokens"] == ({"in": 1800, "cached": 1200, "out": 500} if options else {"in": 4096, "cached": 0, "out": 1024})
+    assert found["allocation"] == (options[options.index("--allocation") + 1] if "--allocation" in options else "pool")
+    mtoken = found["dollars_per_mtoken"]
+    paid = sum(n * mtoken.get(kind, 0.0) for kind, n in found["tokens"].items()) / 1e6
+    assert paid == pytest.approx(found["dollars"]) == pytest.approx(mtoken["all"] * sum(found["tokens"].values()) / 1e6)
+
+
+def test_a_request_takes_the_largest_steps_and_needs_both(records):
+    text = " ".join(run("--records", records, "--plot", "", "--batch", 64, "--batch", 8, "--chunk", 512).output.split())
+    assert "Prefill as a prompt of 512 tokens, decode at batch 64, context 4096" in text
+    assert json.loads(run("--records", records, "--json", "--phase", "decode").stdout)["request"] == {}
+
+
 @pytest.mark.parametrize("arguments, names", [
+    (["--hit", "1"], ["hit is 1.0", "less than 1"]), (["--tokens-in", "0"], ["tokens_in is 0", "greater than or equal to 1"]),
+    (["--allocation", "luck"], ["allocation is 'luck'", "time", "price", "pool"]),
+    (["--allocation", "price"], ["sold is {}", "$/Mtoken of in, out"]), (["--sold", "in=1"], ["allocation is None", "price"]),
+    (["--phase", "decode", "--hit", "0.5"], ["phase is 'decode'", "both"]),
     (["--chip", "h2000"], ["chip", "h2000", "h200"]),
     (["--model", "nothing"], ["model", "nothing", "deepseek-v3"]),
     (["--phase", "train"], ["phase", "train", "prefill"]),

@@ -48,7 +48,7 @@ SCENARIO = {  # an option for each field of cost.scenario.Scenario, where its de
     "load": (str, "A load to size a fleet for: '20 requests/s', or '50k tokens/s' of answers."),
     "utilisation": (float, "Share of the paid hours that serve [1]."),
     "records": (str, "Bench records: a .jsonl file or a folder. Default: the installed ones."),
-    "tables": (list[str], "Imported measurements: aic, infersim:<folder>, deepep (H800), or a .csv or .parquet file; repeatable."),
+    "tables": (list[str], "Imported measurements: aic, infersim:<folder>, deepep (H800), a .csv or .parquet file; repeatable."),
 }
 
 
@@ -324,6 +324,13 @@ def price(
     context: int = typer.Option(4096, help="Tokens in cache per sequence, the new one included."),
     chunk: list[int] = typer.Option([1024, 16384], help="Tokens of a prompt, prefilled in one step; repeatable likewise."),
     phase: str = typer.Option("both", help="decode, prefill or both."),
+    tokens_in: int = typer.Option(None, help="Prompt tokens of a request [4096]."),
+    tokens_out: int = typer.Option(None, help="Answer tokens of a request [1024]."),
+    hit: float = typer.Option(None, help="Share of the prompt found in the prefix cache [0]."),
+    allocation: str = typer.Option(None, help="Who pays for a request: time (chip time of each kind of token), price (what it "
+                                              "sells for), pool (each its own pool). Default: pool."),
+    sold: list[str] = typer.Option([], help="$/Mtoken that tokens sell for, of the allocation by price: in=0.55, cached=0.14, "
+                                            "out=2.19; repeatable."),
     records: str = typer.Option(None, help="Bench records: a .jsonl file or a folder. Default: the installed ones."),
     plot: str = typer.Option("out/roofline.png", help="Where to write the roofline plot; an empty string writes none."),
     json: bool = typer.Option(False, "--json", help="Print JSON instead of tables, and write no plot."),
@@ -332,7 +339,9 @@ def price(
     from kernomics.cost import CostError, report
 
     try:
-        report.main(model, chip, dollars_per_hour, batch, context, chunk, phase, records, None if json else plot, json)
+        request = {"tokens_in": tokens_in, "tokens_out": tokens_out, "hit": hit, "allocation": allocation, "sold": sold}
+        report.main(model, chip, dollars_per_hour, batch, context, chunk, phase, records, None if json else plot, json,
+                    {k: v for k, v in request.items() if v not in (None, [])})
     except CostError as error:
         _refuse("price", error)
 

@@ -4,14 +4,7 @@ from dataclasses import dataclass, field, replace
 from math import exp, fsum, log
 
 from kernomics.cost import CostError, serving, wrong
-from kernomics.cost.economics import (
-    allocate_by_pool,
-    allocate_by_price,
-    allocate_by_time,
-    chips_needed,
-    dollars_per_mtoken,
-    mtoken_costs,
-)
+from kernomics.cost.economics import allocated_mtoken, chips_needed, dollars_per_mtoken
 from kernomics.cost.measured import MARKS
 
 
@@ -58,17 +51,10 @@ class Answer:
         dollars = self.request_dollars
         if dollars is None:
             return {}
-        s, tokens = self.service, self.service.workload.tokens
-        if not dollars:
-            return dict.fromkeys((k for k, n in tokens.items() if n), 0.0)
-        if self.allocation == "time":
-            costs = allocate_by_time(dollars, {"in": s.prefill_seconds - s.waits, "cached": s.waits, "out": s.decode_seconds})
-        elif self.allocation == "pool":
-            rents = dict(zip(("in", "cached", "out"), (self.rents[0], self.tier_rent, self.rents[1])))
-            costs = allocate_by_pool(dollars, {kind: (chips, rents[kind]) for kind, chips in s.pools.items()})
-        else:
-            costs = allocate_by_price(dollars, {k: n for k, n in tokens.items() if n}, self.sold)
-        return mtoken_costs(costs, tokens)
+        s, rents = self.service, dict(zip(("in", "cached", "out"), (self.rents[0], self.tier_rent, self.rents[1])))
+        seconds = {"in": s.prefill_seconds - s.waits, "cached": s.waits, "out": s.decode_seconds}
+        pools = {kind: (chips, rents[kind]) for kind, chips in s.pools.items()} if self.allocation == "pool" else {}
+        return allocated_mtoken(self.allocation, dollars, s.workload.tokens, seconds, pools, self.sold)
 
     @property
     def dollars_in(self):

@@ -17,6 +17,7 @@ from kernomics.cost import tco as costs
 from kernomics.cost import vendor as stack
 from kernomics.cost.measured import MARKS
 from kernomics.cost.report import SIGN, WIDTH, money, seconds_text, si
+from kernomics.cost.scenario import ALLOCATED
 
 LEGEND = ("● measured here  ◐ between two measured points  ■ imported measurement  □ transferred from another dtype or shape  "
           "◌ roofline with a named latency or share of bandwidth  ○ roofline bound")
@@ -44,14 +45,6 @@ def shares(share):
 
 
 # ---------------------------------------------------------------- compare
-
-
-ALLOCATED = {
-    "time": "Cost allocated by time: each kind of token pays for the chip time it takes, cached ones for waits alone.",
-    "price": "Cost allocated by price: each kind of token pays by what it sells for, so all earn one margin.",
-    "pool": "Cost allocated by pool: tokens in pay for the chips that prefill, tokens out for those that decode, cached ones "
-            "for the tier that keeps them, if any.",
-}
 
 
 def rent_text(chip, dollars, source):

@@ -234,6 +234,19 @@ def allocate_by_pool(cost, pools):
     return allocate(cost, {kind: chips * dollars for kind, (chips, dollars) in pools.items()})
 
 
+def allocated_mtoken(allocation, cost, tokens, seconds, pools, prices):
+    """{kind: $/Mtoken} of a request that costs $, by the named allocation: time takes s, pool (chip, $/h), price $/Mtoken."""
+    if not cost:
+        return dict.fromkeys((kind for kind, n in tokens.items() if n), 0.0)
+    if allocation == "time":
+        costs = allocate_by_time(cost, seconds)
+    elif allocation == "pool":
+        costs = allocate_by_pool(cost, pools)
+    else:
+        costs = allocate_by_price(cost, {kind: n for kind, n in tokens.items() if n}, prices)
+    return mtoken_costs(costs, tokens)
+
+
 def mtoken_costs(costs, tokens):
     """{kind: $/Mtoken} = $ / token * 1e6 token/Mtoken, of in, cached, out; kinds without tokens are left out."""
     return {kind: dollars / tokens[kind] * 1e6 for kind, dollars in costs.items() if tokens[kind]}

@@ -8,7 +8,8 @@
 
 A grouped product's tokens are the rank's; here they count over all ranks. decode is the masked, prefill the contiguous
 layout: variants ``balanced_decode`` and ``balanced_prefill``. The products alone are timed, without the activation between
-them; the masked layout is what DeepEP's low-latency dispatch writes, so no permutation goes with it. A first line of numbers is data under the usual columns.
+them; the masked layout is what DeepEP's low-latency dispatch writes, so no permutation goes with it. A first line of numbers
+is data under the usual columns.
 """
 
 import csv

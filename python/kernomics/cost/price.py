@@ -1,9 +1,16 @@
 """Seconds of a step, row by row, on a chip; and from them tokens per second and dollars per million tokens."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kernomics.cost import Unknown, wrong
-from kernomics.cost.economics import chips_needed, dollars_per_mtoken, roofline_seconds, shared_seconds, tokens_per_second
+from kernomics.cost.economics import (
+    allocated_mtoken,
+    chips_needed,
+    dollars_per_mtoken,
+    roofline_seconds,
+    shared_seconds,
+    tokens_per_second,
+)
 from kernomics.cost.measured import BOUND, DERATED, MARKS, MEASURED, Measured, weakest
 
 WHOLE = ("activation", "permutation")  # of our op moe_experts, which takes tokens in their own order
@@ -177,6 +184,44 @@ def price(rows, chip, measured, *, tokens, users, memory, dollars_per_hour=None)
     dollars = chip.get("dollars_per_hour") if dollars_per_hour is None else dollars_per_hour
     return Price(chip, times(rows, chip, measured), tokens, users,
                  chips_needed(memory, room) if room else None, dollars)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request at the speeds of two steps, prefill and decode each on chips of its own: what each kind of token costs."""
+
+    prefill: Price
+    decode: Price
+    tokens: dict  # {in, cached, out: tokens of a request}
+    allocation: str = "pool"
+    sold: dict = field(default_factory=dict)  # {kind: $/Mtoken}, of the allocation by price
+
+    @property
+    def seconds(self):
+        """{kind: chip-seconds}; cached tokens take none. None where a figure is unknown."""
+        speeds = self.prefill.tokens_per_s_per_chip, self.decode.tokens_per_s_per_chip
+        if None in speeds:
+            return None
+        return {"in": self.tokens["in"] / speeds[0], "cached": 0.0, "out": self.tokens["out"] / speeds[1]}
+
+    @property
+    def dollars(self):
+        """$ = chip*s / (3600 s/h) * $/(chip*h); None where a figure is unknown."""
+        rent = self.decode.dollars_per_hour
+        return None if rent is None or self.seconds is None else sum(self.seconds.values()) / 3600 * rent
+
+    @property
+    def mtoken(self):
+        """{kind: $/Mtoken} of the tokens in (prefilled), cached and out, as allocated; empty where $ are unknown."""
+        if self.dollars is None:
+            return {}
+        pools = {kind: (seconds, self.decode.dollars_per_hour) for kind, seconds in self.seconds.items()}
+        return allocated_mtoken(self.allocation, self.dollars, self.tokens, self.seconds, pools, self.sold)
+
+    @property
+    def blended(self):
+        """$/Mtoken of all tokens, cached ones included: the same under any allocation."""
+        return self.dollars and self.dollars / sum(self.tokens.values()) * 1e6
 
 
 def _sum(values):

@@ -12,7 +12,8 @@ from kernomics.cost import CostError, wrong
 from kernomics.cost import chips as chip_files
 from kernomics.cost.measured import BOUND, DERATED, IMPORTED, INTERPOLATED, MEASURED, TRANSFERRED, Measured, read, weakest
 from kernomics.cost.model import NEGLECTED, PUBLISHED, Model
-from kernomics.cost.price import price
+from kernomics.cost.price import Request, price
+from kernomics.cost.scenario import ALLOCATED, from_options
 
 DEFAULT_CHIPS = ("h200", "h100", "b200", "mi300x", "tpu-v5p", "trainium2")
 PHASES = ("decode", "prefill")
@@ -228,11 +229,27 @@ def make_steps(model, batches, context, chunks, phase):
     return steps
 
 
+def request_table(requests):
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    kinds = [kind for kind, n in requests[0].tokens.items() if n]
+    for name in ("chip", *(f"$/Mtok {kind}" for kind in kinds), "$/Mtok all"):
+        table.add_column(name, justify="left" if name == "chip" else "right", no_wrap=True)
+    for r in requests:
+        table.add_row(_title(r.decode.chip), *(money(r.mtoken.get(kind)) for kind in kinds), money(r.blended))
+    return table
+
+
+def largest(steps, prices, phase):
+    """The step of a phase with the most tokens, and its prices."""
+    return max(((s, p) for s, p in zip(steps, prices, strict=True) if s.phase == phase), key=lambda x: x[0].tokens)
+
+
 def main(model="deepseek-v3", chip=(), dollars_per_hour=(), batch=(1,), context=4096, chunk=(1024,), phase="both", records=None,
-         plot=None, as_json=False):
+         plot=None, as_json=False, request=None):
     """Print the price of a model's steps, as tables or JSON; see ``kernomics price --help``.
 
-    Seconds by layer are shown for the first batch and the first chunk, prices for all.
+    Seconds by layer are shown for the first batch and the first chunk, prices for all. ``request`` has the fields tokens_in,
+    tokens_out, hit, allocation and sold of ``scenario.Scenario``: its tokens are priced at the largest chunk and batch.
     """
     if phase not in (*PHASES, "both"):
         raise wrong("phase", phase, ", ".join((*PHASES, "both")))
@@ -240,6 +257,9 @@ def main(model="deepseek-v3", chip=(), dollars_per_hour=(), batch=(1,), context=
         for value in values:
             if value < 1:
                 raise wrong(name, value, "an integer of at least 1")
+    if request and phase != "both":
+        raise wrong("phase", phase, "both, as a request has a prompt and an answer")
+    asked = from_options(**(request or {}))
     measured = Measured(read(records))
     chips = choose_chips(chip, measured)
     dollars = parse_dollars(dollars_per_hour, chips)
@@ -247,6 +267,12 @@ def main(model="deepseek-v3", chip=(), dollars_per_hour=(), batch=(1,), context=
     steps = make_steps(model, batch, context, chunk, phase)
     prices = [[price(s.rows, c, measured, tokens=s.tokens, users=s.users, memory=s.memory, dollars_per_hour=dollars.get(c.key))
                for c in chips] for s in steps]
+    requests, at = [], ""
+    if phase == "both":
+        (filled, fill), (decoded, decode) = (largest(steps, prices, name) for name in ("prefill", "decode"))
+        requests = [Request(f, d, asked.workload().tokens, asked.named_allocation, asked.sold)
+                    for f, d in zip(fill, decode, strict=True)]
+        at = f"{asked.tokens_in:,} tokens in ({100 * asked.hit:.0f} % cached), {asked.tokens_out:,} out"
     first = {s.phase: i for i, s in reversed(list(enumerate(steps)))}
     picture = ""
     if plot:
@@ -257,7 +283,7 @@ def main(model="deepseek-v3", chip=(), dollars_per_hour=(), batch=(1,), context=
         except (CostError, OSError) as error:  # the tables do not depend on it
             picture = f"not drawn, {error}"
     if as_json:
-        print(json.dumps(as_dict(model, steps, prices), indent=1))
+        print(json.dumps(as_dict(model, steps, prices, requests), indent=1))
         return
     console = Console() if Console().is_terminal else Console(width=WIDTH)
     console.print(f"[bold]{model.name}[/]: {model.text()}", highlight=False)
@@ -270,6 +296,11 @@ def main(model="deepseek-v3", chip=(), dollars_per_hour=(), batch=(1,), context=
     for step, priced in zip(steps, prices, strict=True):
         console.print(f"\n[bold]{step.phase}[/], {step.at}: price", highlight=False)
         console.print(price_table(priced, step.phase == "decode"))
+    if requests:
+        console.print(f"\n[bold]request[/], {at}: price", highlight=False)
+        console.print(request_table(requests))
+        console.print(f"Prefill as {filled.at}, decode at {decoded.at}. {ALLOCATED[asked.named_allocation]}", highlight=False,
+                      style="dim")
     console.print()
     for note in _notes(chips, measured, [p for ps in prices for p in ps]):
         console.print(note, highlight=False, style="dim")
@@ -277,7 +308,7 @@ def main(model="deepseek-v3", chip=(), dollars_per_hour=(), batch=(1,), context=
         console.print(f"roofline: {picture}", highlight=False, markup=False)
 
 
-def as_dict(model, steps, prices):
+def as_dict(model, steps, prices, requests=()):
     """Everything the tables show, and the FLOPs and bytes behind it, in SI units."""
 
     def row(i, r, priced):
@@ -297,4 +328,6 @@ def as_dict(model, steps, prices):
         "steps": [{"phase": s.phase, "at": s.at, "tokens": s.tokens, "memory_bytes": s.memory,
                    "rows": [row(i, r, priced) for i, r in enumerate(s.rows)],
                    "chips": {p.chip.key: chip(p) for p in priced}} for s, priced in zip(steps, prices, strict=True)],
+        "request": {r.decode.chip.key: {"tokens": r.tokens, "allocation": r.allocation, "dollars": r.dollars,
+                                        "dollars_per_mtoken": {**r.mtoken, "all": r.blended}} for r in requests},
     }

@@ -25,6 +25,14 @@ LOAD = re.compile(r"([0-9]+(?:\.[0-9]*)?(?:e[+-]?[0-9]+)?) ?([kM]?) ?(requests|t
 CHIPS = ("h100", "h200", "b200", "mi300x", "trainium2")
 
 
+ALLOCATED = {
+    "time": "Cost allocated by time: each kind of token pays for the chip time it takes, cached ones for waits alone.",
+    "price": "Cost allocated by price: each kind of token pays by what it sells for, so all earn one margin.",
+    "pool": "Cost allocated by pool: tokens in pay for the chips that prefill, tokens out for those that decode, cached ones "
+            "for the tier that keeps them, if any.",
+}
+
+
 class Scenario(Checked):
     """Fields of a scenario file; all have defaults."""
 
