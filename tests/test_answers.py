@@ -193,6 +193,34 @@ def test_a_tier_on_the_command_line():
     assert json.loads(told.stdout)["p50"] == pytest.approx(row["dollars_per_mtoken"], rel=1e-4)
 
 
+def test_moving_the_cache_on_the_command_line():
+    options = ["--chip", "h200", "--chips", "16", "--speed", "20"]
+    text = RUN.invoke(app, ["explain", *options]).output
+    assert max(map(len, text.splitlines())) <= 100
+    words = " ".join(text.replace("│", "").split())
+    assert "KV cache to the decode pool 288 MB a request in 5.8 ms" in words and "50 GB/s a chip (h200: vendor" in words
+    assert "KV cache moved 5.76ms" in words
+    (row,) = json.loads(RUN.invoke(app, ["compare", *options, "--format", "json"]).stdout)
+    assert (row["kv_bytes"], row["kv_stalls_s"]) == (4096 * 70_272, 0)
+    tree = json.loads(RUN.invoke(app, ["explain", *options, "--kv-gb-per-s", "0.5", "--format", "json"]).stdout)
+    nodes = {c["name"]: c for phase in tree["children"] for c in phase["children"]}
+    assert nodes["KV cache to the decode pool"]["seconds"] > 0 and "given" in nodes["KV cache to the decode pool"]["source"]
+    assert nodes["waits for the KV cache"]["mark"] == "bound"
+    told = " ".join(RUN.invoke(app, ["compare", *options, "--kv-gb-per-s", "0.5"]).output.split())
+    assert "h200: the links between the pools set the pace: 0.5 GB/s a chip (given)" in told
+    loose = " ".join(RUN.invoke(app, ["compare", "--chip", "tpu-v5p", "--chips", "16"]).output.split())
+    assert "moving the KV cache between the pools is not counted: tpu-v5p" in loose
+    for bad, why in ((["--kv-gb-per-s", "0"], "kv_gb_per_s is 0.0, allowed: greater than 0"),
+                     (["--kv-gb-per-s", "5", "--no-disaggregated"], "kv_gb_per_s is 5.0, allowed: none")):
+        result = RUN.invoke(app, ["compare", *options, *bad])
+        assert result.exit_code == 2 and why in result.output
+    held = RUN.invoke(app, ["sensitivity", *options, "--kv-gb-per-s", "0.5", "--format", "json",
+                            "--uncertain", "dollars_per_hour=1.6..1.6001"])
+    (slow,) = json.loads(RUN.invoke(app, ["compare", *options, "--kv-gb-per-s", "0.5", "--format", "json"]).stdout)
+    assert json.loads(held.stdout)["p50"] == pytest.approx(slow["dollars_per_mtoken"], rel=1e-4)
+    assert slow["dollars_per_mtoken"] > row["dollars_per_mtoken"]
+
+
 @pytest.mark.parametrize("fields, text", [
     (dict(hit=0.5, tier="ssd"), "tier_gb is None, allowed: GB of it a chip, as tier is given"),
     (dict(hit=0.5, tier_gb=5.0, tier_gb_per_s=5.0, tier_dollars_per_gb_month=1.0), "tier is None, allowed: memory that keeps"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kernomics.cost import CostError, Unknown, comm, serving
-from kernomics.cost.chips import Chip, Figure
+from kernomics.cost.chips import Chip, Figure, Pair
 from kernomics.cost.model import SLOTS, Model
 from kernomics.cost.price import Sources
 from kernomics.cost.serving import DoesNotFit, Plan, Tier, Workload
@@ -325,6 +325,67 @@ def test_a_slow_tier_sets_the_pace_of_prefill():
     assert service.prefill_seconds == pytest.approx(2048 * 70_272 / 1e7 * plan.tp)  # 14.4 s of a group
     with pytest.raises(CostError, match="first token within 10 s"):
         serving.serve(V3, CHIP, SOURCES, tiered(gb_per_s=0.01, first=10), chips=8)
+
+
+# ---------------------------------------------------------------- the cache between pools
+
+
+def moved(work=Workload(4096, 1024), on=CHIP, fill=Plan(ep=8), decode=Plan(ep=8), model=V3):
+    return serving.move_cache(model, work, fill, decode, on)
+
+
+def test_the_cache_moves_by_hand():
+    move = moved()
+    assert move.bytes == 4096 * 70_272 and "50 GB/s a chip (made-up: estimate, test, 2026-01-01)" == move.source
+    assert move.seconds == pytest.approx(move.bytes / 50e9) == pytest.approx(5.757e-3, rel=1e-3)
+    assert (move.sending, move.receiving) == (move.seconds, move.seconds)
+    assert moved(Workload(4096, 1024, kv_bytes_per_s=25e9)).seconds == pytest.approx(2 * move.seconds)
+    assert moved(Workload(4096, 1024, hit=0.5)).bytes == move.bytes  # what was found must be there, too
+    assert moved(fill=Plan(ep=8, cache="fp8"), decode=Plan(ep=8, cache="fp8")).bytes == 4096 * 656 * 61
+
+
+def test_every_chip_of_a_group_takes_what_it_keeps():
+    latent, grouped = (moved(decode=Plan(tp=8, ep=e), fill=Plan(tp=4, ep=f), model=m)
+                       for m, e, f in ((V3, 8, 8), (LLAMA, 1, 1)))
+    assert latent.bytes == 8 * 4096 * 70_272 and grouped.bytes == 4096 * 327_680
+    assert latent.seconds == pytest.approx(latent.bytes / 4 / 50e9)  # four chips send, eight receive
+    assert latent.sending == latent.receiving == pytest.approx(latent.bytes / 50e9)
+    two = moved(decode=Plan(ep=8, pp=2))
+    assert two.bytes == 4096 * 70_272 and two.seconds == pytest.approx(two.bytes / 50e9)  # one sends, each of two takes half
+
+
+def test_the_first_token_waits_for_the_cache():
+    fast, slow = (serving.serve(V3, CHIP, SOURCES, Workload(4096, 1024, kv_bytes_per_s=x), chips=8) for x in (1e15, 10e9))
+    assert slow.first - fast.first == pytest.approx(4096 * 70_272 / 10e9, rel=1e-3)
+    assert (slow.prefill_seconds, slow.decode_seconds) == (fast.prefill_seconds, fast.decode_seconds) and slow.stalls == (0, 0)
+    with pytest.raises(CostError, match="first token within 10 s"):
+        serving.serve(V3, CHIP, SOURCES, Workload(4096, 1024, first=10, kv_bytes_per_s=1e7), chips=8)
+    one = serving.serve(V3, CHIP, SOURCES, Workload(4096, 1024), chips=32, disaggregated=False)
+    assert one.move is None
+
+
+def test_a_slow_link_sets_the_pace_of_both_pools():
+    work = Workload(4096, 64, kv_bytes_per_s=1e8)
+    service = serving.serve(V3, CHIP, SOURCES, work, chips=8)
+    plan = service.decode.plan
+    busy = 4096 * 70_272 * plan.tp / 1e8  # 2.9 chip-seconds of links a request
+    assert service.prefill_seconds == pytest.approx(busy) and service.decode_seconds == pytest.approx(busy)
+    assert service.tokens_per_s_per_chip == pytest.approx(64 / busy) and service.mark == "bound"
+    assert all(x > 0 for x in service.stalls)
+    quick = serving.serve(V3, CHIP, SOURCES, replace(work, kv_bytes_per_s=1e12), chips=8)
+    assert quick.chip_seconds < service.chip_seconds and quick.stalls == (0, 0)
+
+
+def test_the_slower_end_of_a_pair_counts_and_an_unknown_link_is_said():
+    slow, fast = chip("slow", scale_out_bytes_per_s=10e9), chip("fast", scale_out_bytes_per_s=40e9)
+    move = moved(on=Pair(slow, fast))
+    assert move.seconds == pytest.approx(move.bytes / 10e9) == pytest.approx(moved(on=Pair(fast, slow)).seconds)
+    assert (move.sending, move.receiving) == (pytest.approx(move.bytes / 10e9), pytest.approx(move.bytes / 40e9))
+    loose = moved(on=chip(scale_out_bytes_per_s=None))
+    assert (loose.seconds, loose.sending, loose.source) == (0, 0, serving.UNCOUNTED) and loose.bytes == move.bytes
+    for bad in (0.0, -1.0, float("inf")):
+        with pytest.raises(CostError, match="kv_bytes_per_s is .*, allowed: byte/s above 0"):
+            Workload(kv_bytes_per_s=bad)
 
 
 def test_a_tier_too_small_for_a_hit_is_refused():

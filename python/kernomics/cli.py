@@ -24,6 +24,8 @@ SCENARIO = {  # an option for each field of cost.scenario.Scenario, where its de
     "tier_dollars_per_gb_month": (float, "$ of a GB of it and month."),
     "speed": (float, "Tokens/s that a user gets at least [0]."),
     "first": (float, "Seconds to the first token at most."),
+    "kv_gb_per_s": (float, "GB/s at which a chip moves the KV cache from the prefill to the decode pool. Default: its scale-out "
+                           "link."),
     "disaggregated": (bool, "Prefill and decode on pools of their own [yes]."),
     "chips": (int, "Chips of an instance at most; where SRAM is the only memory, of a stage of layers [64]."),
     "cache": (str, "dtype of the KV cache: bf16 or fp8 [bf16]."),

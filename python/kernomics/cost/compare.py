@@ -5,7 +5,7 @@ from math import exp, fsum, log
 
 from kernomics.cost import CostError, serving, wrong
 from kernomics.cost.economics import allocated_mtoken, chips_needed, dollars_per_mtoken
-from kernomics.cost.measured import MARKS
+from kernomics.cost.measured import BOUND, MARKS
 
 
 @dataclass(frozen=True)
@@ -220,9 +220,7 @@ def held(scenario, sources, answer):
         load = replace(w, hit=asked.hit)
         fill = serving.prefill_point(model, chip, calls, replace(s.prefill.plan, **{**plan, "drafts": 0}),
                                      int(s.prefill.step.tokens), load.fresh, load.tokens["cached"])
-        work, waits = serving.prefill_seconds(model, load, fill)
-        held = replace(s, workload=load, prefill_seconds=work + waits, waits=waits,
-                       decode_seconds=w.tokens_out * decode.chip_seconds_per_token)
+        held = serving.service(model, chip, load, decode, fill, s.disaggregated)
         dollars = inputs.get("dollars_per_hour", answer.dollars_per_hour)
         return replace(answer, service=held, rents=(dollars, dollars), utilisation=asked.utilisation).dollars
 
@@ -300,7 +298,8 @@ def explain(answer):
     nodes = []
     for name, point, seconds, dollars, tokens in phases:
         total, waits = sum(p.total for p in point.step.parts), s.waits if point is s.prefill else 0.0
-        worked, each, layers = seconds - waits, dollars and dollars / seconds, {}
+        stall = s.stalls[point is s.decode]
+        worked, each, layers = seconds - waits - stall, dollars and dollars / seconds, {}
         for p in point.step.parts:
             layers.setdefault(p.layer, []).append(p)
         children = []
@@ -312,6 +311,10 @@ def explain(answer):
                                  None if dollars is None else sum(x.dollars for x in leaves), children=tuple(leaves)))
         if waits:
             children.append(Node(f"waits for {w.tier.name}", waits, each and each * waits))
+        if s.move and (point is s.prefill or stall):
+            note = f"{s.move.bytes / 1e6:,.0f} MB a request in {1e3 * s.move.seconds:.1f} ms" if point is s.prefill else ""
+            children.append(Node("KV cache to the decode pool" if point is s.prefill else "waits for the KV cache", stall,
+                                 each and each * stall, BOUND, s.move.source, note))
         hidden = total - (point.seconds - point.plan.step_overhead)
         note = f"step {point.seconds * 1e3:.2f} ms" + (f", {hidden * 1e3:.2f} ms more hidden by overlap" if hidden > 1e-9 else "")
         nodes.append(Node(name, seconds, dollars, point.mark, note=f"{note}; {tokens:,} tokens a request",

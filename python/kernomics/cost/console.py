@@ -18,6 +18,7 @@ from kernomics.cost import vendor as stack
 from kernomics.cost.measured import MARKS
 from kernomics.cost.report import SIGN, WIDTH, money, seconds_text, si
 from kernomics.cost.scenario import ALLOCATED
+from kernomics.cost.serving import UNCOUNTED
 
 LEGEND = ("● measured here  ◐ between two measured points  ■ imported measurement  □ transferred from another dtype or shape  "
           "◌ roofline with a named latency or share of bandwidth  ○ roofline bound")
@@ -88,8 +89,12 @@ def answer_dict(a):
             "step_s": s.decode.seconds, "mark": s.mark, "prefill_tokens_per_s_per_chip": s.prefill.tokens_per_s_per_chip,
             "first_token_s": s.first, "prefill_share_of_chips": s.prefill_share,
             "joules_per_token_out": a.joules_out, "tokens_per_s_per_mw": a.tokens_per_s_per_mw,
-            "share": {k: v for k, v in a.share.items() if v}, **(tier_dict(a) if s.workload.tier else {}),
-            **(fleet_dict(a.fleet) if a.fleet else {})}
+            "share": {k: v for k, v in a.share.items() if v}, **(move_dict(s) if s.move else {}),
+            **(tier_dict(a) if s.workload.tier else {}), **(fleet_dict(a.fleet) if a.fleet else {})}
+
+
+def move_dict(s):
+    return {"kv_bytes": s.move.bytes, "kv_move_s": s.move.seconds, "kv_source": s.move.source, "kv_stalls_s": sum(s.stalls)}
 
 
 def tier_dict(a):
@@ -123,6 +128,15 @@ def show_compare(scenario, rows):
     out.print(ALLOCATED[scenario.named_allocation], style="dim", highlight=False)
     for a in (a for a in rows if a.service and scenario.tier):
         out.print(tier_text(a), style="dim", highlight=False, markup=False)
+    moved = [(a.chip.key, a.service) for a in rows if a.service and a.service.move]
+    for key, s in moved:
+        if any(s.stalls):
+            out.print(f"{key}: the links between the pools set the pace: {s.move.source}", style="dim", highlight=False,
+                      markup=False)
+    loose = [key for key, s in moved if s.move.source == UNCOUNTED]
+    if loose:
+        out.print(f"Scale-out links unknown, so moving the KV cache between the pools is not counted: {', '.join(loose)}",
+                  style="dim", highlight=False)
     if scenario.load:
         show_fleets(scenario, rows)
     for a in rows:
@@ -252,7 +266,7 @@ def show_explain(answer, least=0.01):
 
     def label(node, whole):
         dollars = "" if node.dollars is None else f"  ${money(node.dollars)}/Mtok"
-        text = Text(f"{100 * node.seconds / whole:5.1f}%  {seconds_text(node.seconds):>7}{dollars}  ")
+        text = Text(f"{100 * node.seconds / whole:5.1f}%  {seconds_text(node.seconds) if node.seconds else '0s':>7}{dollars}  ")
         text.append(node.name, style="bold" if node.children else "")
         if node.note:
             text.append(f"  {node.note}", style="dim")
@@ -263,7 +277,7 @@ def show_explain(answer, least=0.01):
     def grow(tree, node):
         small = 0.0
         for child in sorted(node.children, key=lambda n: -n.seconds):
-            if child.seconds < least * root.seconds and not child.children:
+            if child.seconds < least * root.seconds and not any(c.children for c in node.children):
                 small += child.seconds
             else:
                 grow(tree.add(label(child, root.seconds)), child)
@@ -273,6 +287,11 @@ def show_explain(answer, least=0.01):
     tree = Tree(label(root, root.seconds))
     grow(tree, root)
     out.print(tree)
+    s = answer.service
+    first = [("hit loaded", s.load), ("prefill", s.first - s.load - (s.move.seconds if s.move else 0.0)),
+             ("KV cache moved", s.move.seconds if s.move else 0.0)]
+    out.print(f"First token after {seconds_text(s.first)}: " + ", ".join(f"{n} {seconds_text(x)}" for n, x in first if x),
+              highlight=False)
     out.print("Shares and times are chip-seconds of a request; $ are per million prompt tokens below prefill, answer tokens "
               "below decode.", style="dim", highlight=False)
     out.print(LEGEND, style="dim", highlight=False)

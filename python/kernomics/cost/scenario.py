@@ -49,6 +49,8 @@ class Scenario(Checked):
     tier_gb: float | None = Field(None, gt=0, le=1e6, description="GB of it a chip")
     tier_gb_per_s: float | None = Field(None, gt=0, le=1e5, description="GB/s from it into a chip")
     tier_dollars_per_gb_month: float | None = Field(None, ge=0, le=1e3, description="$ of a GB and month of it")
+    kv_gb_per_s: float | None = Field(None, gt=0, le=1e5, description="GB/s of a chip from the prefill to the decode pool; "
+                                      "default: its scale-out link")
     disaggregated: bool = Field(True, description="prefill and decode on pools of their own")
     chips: int = Field(64, ge=1, le=4096, description="chips of an instance at most")
     cache: Literal["bf16", "fp8"] = Field("bf16", description="dtype of the KV cache")
@@ -96,6 +98,8 @@ class Scenario(Checked):
             raise wrong("allocation", self.allocation, "price, as prices of tokens are given with sold")
         if self.allocation == "pool" and not self.disaggregated:
             raise wrong("allocation", self.allocation, "time, price: aggregated serving has one pool")
+        if self.kv_gb_per_s and not self.disaggregated:
+            raise wrong("kv_gb_per_s", self.kv_gb_per_s, "none: aggregated serving has one pool")
         self.requests_per_s  # noqa: B018  checks the load
         return self
 
@@ -116,7 +120,8 @@ class Scenario(Checked):
 
     def workload(self):
         tier = self.tier and Tier(self.tier, self.tier_gb * 1e9, self.tier_gb_per_s * 1e9, self.tier_dollars_per_gb_month)
-        return Workload(self.tokens_in, self.tokens_out, self.hit, self.speed, self.first, tier)
+        link = self.kv_gb_per_s and self.kv_gb_per_s * 1e9
+        return Workload(self.tokens_in, self.tokens_out, self.hit, self.speed, self.first, tier, link)
 
     def plan(self):
         return Plan(cache=self.cache, drafts=self.drafts, acceptance=self.acceptance, imbalance=self.imbalance,

@@ -430,7 +430,8 @@ class Tier:
 class Workload:
     """Requests of ``tokens_in`` prompt tokens, of which ``hit`` are found in a prefix cache, and ``tokens_out`` answers.
 
-    Hits lie in the chips' memory, ready and for nothing, or in ``tier``, whence they are loaded.
+    Hits lie in the chips' memory, ready and for nothing, or in ``tier``, whence they are loaded. Where prefill and decode have
+    pools of their own the cache moves between them at ``kv_bytes_per_s`` a chip, by default that of its scale-out link.
     """
 
     tokens_in: int = 4096
@@ -439,9 +440,11 @@ class Workload:
     speed: float = 0.0  # tokens/s that a user must get at least
     first: float = inf  # seconds to the first token at most
     tier: Tier | None = None
+    kv_bytes_per_s: float | None = None
 
     def __post_init__(self):
         for name, ok, allowed in (
+            ("kv_bytes_per_s", self.kv_bytes_per_s is None or 0 < self.kv_bytes_per_s < inf, "byte/s above 0"),
             ("tokens_in", self.tokens_in >= 1, "an integer of at least 1"),
             ("tokens_out", self.tokens_out >= 1, "an integer of at least 1"),
             ("hit", 0 <= self.hit < 1, "0 to below 1"), ("speed", self.speed >= 0, "tokens/s of at least 0"),
@@ -468,6 +471,35 @@ class Workload:
 
 
 @dataclass(frozen=True)
+class Move:
+    """The cache of a request's prompt, moved from the chips that prefilled it to those that decode it."""
+
+    bytes: float  # into all chips that decode it
+    seconds: float  # after prefill, before the first token
+    sending: float  # chip-seconds that links of the prefill pool are busy with it
+    receiving: float  # those of the decode pool
+    source: str
+
+
+def move_cache(model, workload, fill, decode, chip):
+    """The Move of a request between groups of these plans, all chips of each at the same time.
+
+    A decoding chip takes in what it keeps: token * byte/token / stages, of a latent cache all of it on each chip of a TP group.
+    Nothing of the move hides behind prefill. Where a link is unknown it is not counted.
+    """
+    each = workload.tokens_in * model.kv_bytes_per_token(decode.cache, decode.tp) / decode.pp
+    size = each * decode.tp * decode.pp
+    speeds = [workload.kv_bytes_per_s or c.get("scale_out_bytes_per_s") for c in chip.pools]
+    if None in speeds:
+        return Move(size, 0.0, 0.0, 0.0, UNCOUNTED)
+    out, into = speeds
+    figures = {c.key: c.figures["scale_out_bytes_per_s"] for c in chip.pools} if workload.kv_bytes_per_s is None else {}
+    source = "; ".join(f"{key}: {f.status}, {f.source}, {f.date}" for key, f in figures.items()) or "given"
+    return Move(size, max(size / (fill.tp * fill.pp) / out, each / into), size / out, size / into,
+                f"{' to '.join(f'{x / 1e9:g}' for x in dict.fromkeys(speeds))} GB/s a chip ({source})")
+
+
+@dataclass(frozen=True)
 class Service:
     """A workload served: chip-seconds a request by phase, and the pools' operating points; ``chip`` may be a Pair."""
 
@@ -482,6 +514,8 @@ class Service:
     first: float  # seconds to the first token, without queueing
     disaggregated: bool
     waits: float = 0.0  # of the prefill chip-seconds: the tier is slower than the prefill of what it does not hold
+    move: Move | None = None  # of the cache between the pools
+    stalls: tuple = (0.0, 0.0)  # of the prefill and decode chip-seconds: the links between the pools are slower than the work
 
     @property
     def most_users(self):
@@ -513,7 +547,7 @@ class Service:
 
     @property
     def mark(self):
-        return weakest([self.decode.mark, self.prefill.mark])
+        return weakest([self.decode.mark, self.prefill.mark] + [BOUND] * any(self.stalls))
 
     @property
     def pools(self):
@@ -569,24 +603,42 @@ def services(model, chip, sources, workload, *, chips=None, base=Plan(), prefill
     roomy = [f for f in prefills if not workload.tier or hit_bytes(model, workload, f.plan) <= workload.tier.bytes]
     if not roomy:
         load_seconds(model, workload, prefills[-1].plan)  # raises
-    prefills = [f for f in roomy if _first(model, f, workload) <= workload.first]
+    prefills = sorted(roomy, key=lambda f: sum(prefill_seconds(model, workload, f)))
     found, cheapest = [], {}
-    for f in sorted(prefills, key=lambda f: sum(prefill_seconds(model, workload, f))):  # any may follow; or the same chips
-        cheapest.setdefault(None if disaggregated else (f.plan.chips, f.plan.tp), f)
+
+    def fitting(plan):
+        """The cheapest prefill in time before decode on a plan, by any chips of its pool; or by the same chips."""
+        for f in prefills:
+            if disaggregated or (f.plan.chips, f.plan.tp) == (plan.chips, plan.tp):
+                move = move_cache(model, workload, f.plan, plan, chip) if disaggregated else None
+                if _first(model, f, workload, move) <= workload.first:
+                    return f
+        return None
+
     for p in points:
-        fill = cheapest.get(None if disaggregated else (p.plan.chips, p.plan.tp))
-        if not fill:
-            continue
-        work, waits = prefill_seconds(model, workload, fill)
-        seconds, speed = work + waits, p.tokens_per_s_per_user
-        if not disaggregated:  # while a group makes b answers' tokens it prefills b prompts
-            steps = workload.tokens_out / p.plan.tokens_per_step
-            speed = p.plan.tokens_per_step / (p.seconds + p.b * seconds / p.plan.tp / steps)
-        found.append(Service(model, chip, workload, p, fill, seconds, workload.tokens_out * p.chip_seconds_per_token, speed,
-                             _first(model, fill, workload), disaggregated, waits))
+        key = p.plan.chips, p.plan.tp, p.plan.pp
+        if key not in cheapest:
+            cheapest[key] = fitting(p.plan)
+        if cheapest[key]:
+            found.append(service(model, chip, workload, p, cheapest[key], disaggregated))
     if not found:
         raise CostError(f"{model.name} on {chip.key}: no plan gives a first token within {workload.first:g} s")
     return found
+
+
+def service(model, chip, workload, decode, fill, disaggregated=True):
+    """The Service of a decode and a prefill point; the links between two pools may hold up either."""
+    work, waits = prefill_seconds(model, workload, fill)
+    seconds, answer = work + waits, workload.tokens_out * decode.chip_seconds_per_token
+    speed, move, stalls = decode.tokens_per_s_per_user, None, (0.0, 0.0)
+    if disaggregated:
+        move = move_cache(model, workload, fill.plan, decode.plan, chip)
+        stalls = max(0.0, move.sending - seconds), max(0.0, move.receiving - answer)
+    else:  # while a group makes b answers' tokens it prefills b prompts
+        steps = workload.tokens_out / decode.plan.tokens_per_step
+        speed = decode.plan.tokens_per_step / (decode.seconds + decode.b * seconds / decode.plan.tp / steps)
+    return Service(model, chip, workload, decode, fill, seconds + stalls[0], answer + stalls[1], speed,
+                   _first(model, fill, workload, move), disaggregated, waits, move, stalls)
 
 
 def serve(model, chip, sources, workload, **options):
@@ -621,10 +673,11 @@ def prefill_seconds(model, workload, point):
     return work, max(0.0, load_seconds(model, workload, point.plan) * point.plan.tp * point.plan.pp - work)
 
 
-def _first(model, point, workload):
-    """Seconds until a prompt is prefilled: its hit loaded, then steps of its chunks one after another."""
+def _first(model, point, workload, move=None):
+    """Seconds to the first token: its hit loaded, then steps of its chunks one after another, then its cache moved."""
     chunks = ceil(workload.fresh / (point.step.tokens / point.b))
-    return load_seconds(model, workload, point.plan) + (1 + (chunks - 1) / point.plan.pp) * point.seconds
+    steps = (1 + (chunks - 1) / point.plan.pp) * point.seconds
+    return load_seconds(model, workload, point.plan) + steps + (move.seconds if move else 0.0)
 
 
 SMALL_CHUNKS = (16, 64, 256, 1024)  # tokens, where activations must lie in SRAM
