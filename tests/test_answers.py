@@ -371,6 +371,16 @@ def test_the_tree_sums_at_every_level(answered):
             assert sum(layer.dollars for layer in phase.children) == pytest.approx(dollars)
 
 
+def test_bubbles_are_a_part_of_the_tree():
+    asked = scenario.load(chip=["h200"], speed=20.0, pp=2, wave=3)
+    (answer,) = compare.compare(asked, Sources(), asked.load_chips(scenario.Measured([])))
+    prefill, _ = compare.explain(answer).children
+    (bubbles,) = (c for c in prefill.children if c.name == "bubbles of 2 stages")
+    assert bubbles.seconds == pytest.approx(prefill.seconds / 4)  # 3 microbatches in 4 turns
+    assert sum(c.seconds for c in prefill.children) == pytest.approx(prefill.seconds)
+    assert RUN.invoke(app, ["compare", "--chip", "h200", "--pp", "65"]).output.count("pp is 65, allowed: 1 to 61") == 1
+
+
 def test_compare_command():
     result = RUN.invoke(app, ["compare", "--chip", "h200", "--chip", "mi300x", "--chip", "trainium2", "--speed", "50"])
     assert result.exit_code == 0, result.output

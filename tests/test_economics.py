@@ -272,3 +272,7 @@ def test_a_kernel_pays_back():
     assert saved == pytest.approx(1e6)
     assert months == pytest.approx(6)
     assert eco.kernel_payback(0.25, 1, 8e6, 500e3) == (0, inf)
+
+
+def test_a_pipeline_by_hand():
+    assert (eco.pipeline_busy(1, 4), eco.pipeline_busy(4, 2), eco.pipeline_busy(7, 1)) == (1 / 4, 4 / 5, 1)

@@ -199,6 +199,38 @@ def test_stages_share_memory_and_keep_throughput():
     assert deep.step.memory["weights"] == pytest.approx(flat.step.memory["weights"] / 2)
 
 
+@pytest.mark.parametrize("stages, wave, share", [(1, 1, 1.0), (2, 1, 1 / 2), (2, 4, 4 / 5), (4, 16, 16 / 19), (4, 0, 16 / 19)])
+def test_prefill_fills_and_empties_the_stages(stages, wave, share):
+    """m microbatches pass p stages in m + p - 1 turns; by default m = 4 p."""
+    plan = Plan(ep=8, pp=stages, wave=wave)
+    found = serving.prefill_point(V3, CHIP, SOURCES, plan, 8192, 4096)
+    endless = serving.prefill_point(V3, CHIP, SOURCES, replace(plan, wave=10**9), 8192, 4096)
+    assert found.tokens_per_s_per_chip == pytest.approx(share * endless.tokens_per_s_per_chip) and plan.filled == share
+    assert found.seconds == endless.seconds and found.tokens_per_s_per_user == endless.tokens_per_s_per_user
+
+
+def test_decode_needs_a_batch_for_every_stage():
+    four = Plan(ep=8, pp=4)
+    speeds = [serving.decode_point(V3, CHIP, SOURCES, replace(four, flight=f), 16, 4096).tokens_per_s_per_chip
+              for f in (1, 2, 3, 4, 0)]
+    assert speeds == pytest.approx([speeds[-1] * x for x in (0.25, 0.5, 0.75, 1, 1)])
+    small = chip(memory_bytes=50e9)  # weights of a fourth of V3 on 8 chips, and few long sequences
+    plan, s = replace(four, flight=1), 131_072
+    most = serving.most_sequences(V3, small, plan, s)
+    assert 0 < most
+    for p in serving.decode_points(V3, small, SOURCES, s, chips=32, base=Plan(pp=4)):
+        if p.plan.ep == 8 and p.plan.tp == 1:
+            assert p.plan.flight == min(4, most // p.b) and p.users == p.b * 8 * p.plan.flight
+
+
+def test_stages_are_chips_of_an_instance():
+    assert {p.pp for p in serving.plans(V3, CHIP, chips=32, base=Plan(pp=4))} == {4}
+    assert max(p.chips for p in serving.plans(V3, CHIP, chips=32, base=Plan(pp=4))) == 32
+    for chips, pp in ((2, 4), (64, 62)):
+        with pytest.raises(CostError, match=f"pp is {pp}, allowed: 1 to {min(chips, 61)}"):
+            serving.plans(V3, CHIP, chips=chips, base=Plan(pp=pp))
+
+
 def test_prefill_in_chunks_sees_what_came_before():
     whole = serving.prefill_point(V3, CHIP, SOURCES, Plan(ep=8), 8192, 8192)
     chunks = serving.prefill_point(V3, CHIP, SOURCES, Plan(ep=8), 2048, 8192)
@@ -262,7 +294,8 @@ def test_chunks_follow_each_other_through_the_stages():
     assert serving._first(LLAMA, chunk, Workload(4096, 64)) == pytest.approx((1 + 15 / 2) * chunk.seconds)
 
 
-@pytest.mark.parametrize("bad", [dict(pp=0), dict(flight=2), dict(drafts=-1), dict(acceptance=1.1), dict(micro_batches=3),
+@pytest.mark.parametrize("bad", [dict(pp=0), dict(flight=2), dict(wave=-1), dict(drafts=-1), dict(acceptance=1.1),
+                                 dict(micro_batches=3),
                                  dict(comm_share=1.0), dict(overlap=1.5), dict(dispatch="int8"), dict(ep=6, tp=4), dict(tp=0),
                                  dict(memory_share=0.0), dict(imbalance=0.5)])
 def test_bad_plans(bad):

@@ -28,6 +28,8 @@ SCENARIO = {  # an option for each field of cost.scenario.Scenario, where its de
                            "link."),
     "disaggregated": (bool, "Prefill and decode on pools of their own [yes]."),
     "chips": (int, "Chips of an instance at most; where SRAM is the only memory, of a stage of layers [64]."),
+    "pp": (int, "Stages of layers, each on chips of its own; where SRAM is the only memory as many as it takes [1]."),
+    "wave": (int, "Microbatches of prefill that follow each other before the stages run empty [4 a stage]."),
     "cache": (str, "dtype of the KV cache: bf16 or fp8 [bf16]."),
     "drafts": (int, "Tokens drafted a step by the MTP module [0]."),
     "acceptance": (float, "Chance that a draft is right [0.85]."),

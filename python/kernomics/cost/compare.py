@@ -300,15 +300,19 @@ def explain(answer):
         total, waits = sum(p.total for p in point.step.parts), s.waits if point is s.prefill else 0.0
         stall = s.stalls[point is s.decode]
         worked, each, layers = seconds - waits - stall, dollars and dollars / seconds, {}
+        idle = worked * (1 - (point.plan.filled if point is s.prefill else point.plan.busy))
         for p in point.step.parts:
             layers.setdefault(p.layer, []).append(p)
         children = []
         for layer, parts in layers.items():
-            scale = worked / total  # of a step's seconds to chip-seconds of a request
+            scale = (worked - idle) / total  # of a step's seconds to chip-seconds of a request
             leaves = [Node(p.name, p.total * scale, each and each * p.total * scale, p.mark, p.source,
                            f"{p.count:g} x {p.seconds * 1e6:.1f} us") for p in parts]
             children.append(Node(layer, sum(x.seconds for x in leaves),
                                  None if dollars is None else sum(x.dollars for x in leaves), children=tuple(leaves)))
+        if idle:
+            children.append(Node(f"bubbles of {point.plan.pp} stages", idle, each and each * idle, BOUND,
+                                 "microbatches of a wave" if point is s.prefill else "batches that fit, fewer than stages"))
         if waits:
             children.append(Node(f"waits for {w.tier.name}", waits, each and each * waits))
         if s.move and (point is s.prefill or stall):

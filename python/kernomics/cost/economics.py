@@ -441,6 +441,11 @@ def prefill_dollars(tokens, params, peak, share, chip_dollars_per_s):
     return inference_flops(params, tokens) / (peak * share) * chip_dollars_per_s
 
 
+def pipeline_busy(microbatches, stages):
+    """1 = m / (m + p - 1): share of the time that stages work when m microbatches pass and the pipeline then runs empty."""
+    return microbatches / (microbatches + stages - 1)
+
+
 def imbalance_slowdown(loads):
     """1 = max load / mean load: all wait for the busiest."""
     return max(loads) / (sum(loads) / len(loads))

@@ -53,6 +53,8 @@ class Scenario(Checked):
                                       "default: its scale-out link")
     disaggregated: bool = Field(True, description="prefill and decode on pools of their own")
     chips: int = Field(64, ge=1, le=4096, description="chips of an instance at most")
+    pp: int = Field(1, ge=1, le=256, description="stages of layers; where SRAM is the only memory, those that are needed")
+    wave: int = Field(0, ge=0, description="microbatches of prefill before the stages run empty; default: 4 a stage")
     cache: Literal["bf16", "fp8"] = Field("bf16", description="dtype of the KV cache")
     drafts: int = Field(0, ge=0, le=16, description="tokens drafted a step by the MTP module")
     acceptance: float = Field(0.85, ge=0, le=1, description="chance that a draft is right; 85 to 90 % in the V3 report")
@@ -124,9 +126,9 @@ class Scenario(Checked):
         return Workload(self.tokens_in, self.tokens_out, self.hit, self.speed, self.first, tier, link)
 
     def plan(self):
-        return Plan(cache=self.cache, drafts=self.drafts, acceptance=self.acceptance, imbalance=self.imbalance,
-                    micro_batches=self.micro_batches, comm_share=self.comm_share, overlap=self.overlap, alpha=self.alpha,
-                    step_overhead=self.step_overhead, memory_share=self.memory_share)
+        return Plan(pp=self.pp, wave=self.wave, cache=self.cache, drafts=self.drafts, acceptance=self.acceptance,
+                    imbalance=self.imbalance, micro_batches=self.micro_batches, comm_share=self.comm_share, overlap=self.overlap,
+                    alpha=self.alpha, step_overhead=self.step_overhead, memory_share=self.memory_share)
 
     def setup(self):
         """What ``serving.serve`` takes beside the workload."""

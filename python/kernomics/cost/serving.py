@@ -9,12 +9,13 @@ from math import ceil, inf
 
 from kernomics.cost import CostError, Unknown, wrong
 from kernomics.cost import comm as links
-from kernomics.cost.economics import HOURS_PER_MONTH, memory_dollars, tokens_per_step
+from kernomics.cost.economics import HOURS_PER_MONTH, memory_dollars, pipeline_busy, tokens_per_step
 from kernomics.cost.measured import BOUND, MARKS, weakest
 from kernomics.cost.model import SLOTS, Moe, Shard, token_bytes
 from kernomics.cost.price import times
 
 UNCOUNTED = "links unknown: not counted"
+WAVE = 4  # microbatches a stage, from which bubbles are small: Huang et al., GPipe, arXiv:1811.06965 (2019), section 2.3
 MEMORY_SHARE = 0.9  # of a chip's memory that weights and cache may take: the default of vLLM's gpu_memory_utilization
 
 
@@ -32,6 +33,7 @@ class Plan:
     ep: int = 1
     pp: int = 1
     flight: int = 0  # batches under way in the pp stages; 0: one in each
+    wave: int = 0  # microbatches of prefill that follow each other before the stages run empty; 0: WAVE a stage
     redundant: int = 0
     imbalance: float = 1.0
     cache: str = "bf16"
@@ -48,7 +50,8 @@ class Plan:
     def __post_init__(self):
         for name, ok, allowed in (
             ("pp", self.pp >= 1, "an integer of at least 1"),
-            ("flight", 0 <= self.flight <= self.pp, f"0 to pp = {self.pp}"), ("drafts", 0 <= self.drafts <= 16, "0 to 16"),
+            ("flight", 0 <= self.flight <= self.pp, f"0 to pp = {self.pp}"),
+            ("wave", self.wave >= 0, "an integer of at least 0"), ("drafts", 0 <= self.drafts <= 16, "0 to 16"),
             ("acceptance", 0 <= self.acceptance <= 1, "0 to 1"), ("micro_batches", self.micro_batches in (1, 2), "1, 2"),
             ("comm_share", 0 <= self.comm_share < 1, "0 to below 1"), ("overlap", 0 <= self.overlap <= 1, "0 to 1"),
             ("dispatch", self.dispatch in ("fp8", "bf16"), "fp8, bf16"),
@@ -71,8 +74,13 @@ class Plan:
 
     @property
     def busy(self):
-        """Share of the stages that have a batch to work on."""
+        """Share of the stages that have a batch to work on: decode needs one a stage, as a batch's next step awaits its last."""
         return self.flight / self.pp if self.flight else 1.0
+
+    @property
+    def filled(self):
+        """Share of the time that stages work in prefill: they fill up and run empty once a wave of microbatches."""
+        return pipeline_busy(self.wave or WAVE * self.pp, self.pp)
 
     @property
     def groups(self):
@@ -312,12 +320,12 @@ def decode_point(model, chip, sources, plan, b, s):
 
 
 def prefill_point(model, chip, sources, plan, tokens, prompt, prefix=0):
-    """Prefill steps of ``tokens`` tokens a group: whole prompts, or chunks of one."""
+    """Prefill steps of ``tokens`` tokens a group: whole prompts, or chunks of one; each a microbatch of the stages."""
     b, s = max(1, tokens // prompt), min(prompt, tokens)
     # A chunk sees the chunks before it: on average half of the prompt.
     seen = prefix + (prompt - s) // 2
     x = step(model, chip, sources, plan, decode=False, b=b, s=s, prefix=seen)
-    speed = x.tokens * plan.groups / x.seconds / max(plan.tp, plan.ep)
+    speed = x.tokens * plan.groups / x.seconds / max(plan.tp, plan.ep) * plan.filled
     return Point(plan, b, x.seconds, speed, s / x.seconds, x)
 
 
@@ -328,13 +336,16 @@ def batches(most):
 
 
 def plans(model, chip, *, chips=None, base=Plan(), s=1):
-    """Sensible plans: tp within the scale-up domain, experts on tp..chips chips, as the model's sizes divide.
+    """Sensible plans: tp within the scale-up domain, experts on tp..chips/pp chips, as the model's sizes divide; pp of base.
 
     Where SRAM is the only memory ``chips`` share a stage, in as few stages as hold the model and a sequence of s tokens.
     """
     sram = chip.memory == "sram"
     domain = int(chip.get("scale_up_domain") or (chips or 64 if sram else 1))
     limit = chips or max(domain, 8)
+    if base.pp > min(limit, model.layers) and not sram:
+        raise wrong("pp", base.pp, f"1 to {min(limit, model.layers)}: chips of an instance, layers")
+    limit = limit if sram else limit // base.pp
     found = []
     for tp in (1, 2, 4, 8, 16, 32, 64):
         if tp > min(domain, limit) or model.h % tp:
