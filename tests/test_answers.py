@@ -3,12 +3,14 @@
 import csv
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
 
 from kernomics.cli import SCENARIO, app
 from kernomics.cost import CostError, chips, compare, console, scenario, serving
+from kernomics.cost import economics as eco
 from kernomics.cost.model import Model
 from kernomics.cost.price import Sources
 
@@ -316,6 +318,74 @@ def test_a_load_on_the_command_line():
     rows = {r["chip"]: r for r in json.loads(RUN.invoke(app, [*options, "--format", "json"]).stdout)}
     row = rows["h200"]
     assert row["fleet_dollars_per_hour"] == pytest.approx(1.6 * (row["prefill_chips"] + row["decode_chips"]))
+
+
+# ---------------------------------------------------------------- fleets over a day
+
+FLAT, NIGHT = (1.0,) * 24, (0.0,) * 12 + (2.0,) * 12
+
+
+def test_a_day_by_hand():
+    pair = chips.Pair(KNOWN["h100"], KNOWN["b200"])
+    flat = by_hand(pair, (1.2, 2.4), requests_per_s=10.0, profile=FLAT, hourly=(1.5, 3.0)).day
+    assert flat.chips == [96] * 24 and flat.peak == 96 and flat.utilisation == 1  # 30 chips of 8, 60 of 16 a time: 32 + 64
+    assert flat.owned_dollars == pytest.approx(24 * (32 * 1.2 + 64 * 2.4))
+    assert flat.rented_dollars == pytest.approx(24 * (32 * 1.5 + 64 * 3.0)) and flat.break_even == pytest.approx(1)
+    night = by_hand(pair, (1.2, 2.4), requests_per_s=10.0, profile=NIGHT, hourly=(1.2, 2.4)).day
+    assert night.chips == [0] * 12 + [64 + 128] * 12 and night.peak == 192 and night.utilisation == 0.5
+    assert (night.owned_dollars, night.break_even) == (pytest.approx(24 * (64 * 1.2 + 128 * 2.4)), pytest.approx(2))
+    assert night.rented_dollars == pytest.approx(night.owned_dollars / 2)
+    busy = by_hand(pair, (1.2, 2.4), requests_per_s=10.0, profile=FLAT, hourly=(1.2, 2.4), utilisation=0.5).day
+    assert busy.peak == 64 + 128  # half of the time they serve
+    assert by_hand(pair, (None, 2.4), requests_per_s=10.0, profile=FLAT, hourly=(None, 2.4)).day.owned_dollars is None
+    assert by_hand(pair, (1.2, 2.4), requests_per_s=10.0).day is None and by_hand(pair, (1.2, 2.4), profile=FLAT).day is None
+
+
+def test_a_day_bears_its_tier():
+    work = serving.Workload(3000, 1000, hit=0.5, tier=serving.Tier("ssd", 730e9, 1e9, 1.0))  # $1 a chip-hour
+    day = by_hand(KNOWN["h100"], (1.2, 2.4), work, requests_per_s=10.0, profile=FLAT, hourly=(1.2, 2.4)).day
+    assert day.owned_dollars == pytest.approx(24 * day.answer.fleet.dollars_per_hour) == pytest.approx(day.rented_dollars)
+    one = replace(day.answer, service=replace(day.answer.service, disaggregated=False)).day
+    assert one.owned_dollars == pytest.approx(24 * one.answer.fleet.dollars_per_hour)
+
+
+def test_deepseeks_day_6():
+    shape = scenario.load(load="1 requests/s", day="day-6").profile
+    nodes = [226.75 * x for x in shape]
+    assert sum(nodes) / 24 == pytest.approx(226.75) and max(nodes) == nodes[0] == pytest.approx(278)
+    assert eco.rented_day(nodes, 8 * 2.0) == pytest.approx(87_072) and eco.owned_day(nodes, 8 * 2.0) == pytest.approx(106_752)
+
+
+def test_a_day_is_a_shape_of_any_scale(tmp_path):
+    numbers = [float(h + 1) for h in range(24)]
+    given = scenario.load(load="1 requests/s", day=numbers).profile
+    assert given == scenario.load(load="1 requests/s", day=",".join(str(2 * x) for x in numbers)).profile
+    assert sum(given) == pytest.approx(24) and given[23] == pytest.approx(24 / 12.5)
+    file = tmp_path / "day.toml"
+    file.write_text(f'load = "1 requests/s"\nday = {list(range(1, 25))}\n')
+    assert scenario.load(str(file)).profile == given
+    for bad in ("1,2,3", "night", [0.0] * 24, [-1.0] + [1.0] * 23, ",".join(["nan"] * 24), [float("inf")] * 24):
+        with pytest.raises(CostError, match="day is .*, allowed: 24 numbers of at least 0, one above 0, or day-6"):
+            scenario.load(load="1 requests/s", day=bad)
+    with pytest.raises(CostError, match="load is None, allowed: the mean of the day"):
+        scenario.load(day="day-6")
+
+
+def test_a_day_on_the_command_line():
+    options = ["compare", "--chip", "h200", "--chip", "trainium2", "--chips", "16", "--load", "500 requests/s", "--day", "day-6"]
+    text = RUN.invoke(app, options).output
+    assert "mean 226.75 and peak 278 nodes are published" in " ".join(text.split())
+    assert max(map(len, text.splitlines())) <= 100
+    row, unpriced = json.loads(RUN.invoke(app, [*options, "--format", "json"]).stdout)
+    assert row["peak_chips"] == max(row["chips_by_hour"]) and len(row["chips_by_hour"]) == 24
+    assert row["mean_utilisation"] == pytest.approx(226.75 / 278, abs=0.02)
+    assert row["owned_dollars_per_day"] == pytest.approx(24 * 1.6 * row["peak_chips"])
+    assert unpriced["owned_dollars_per_day"] is None
+    assert row["rented_dollars_per_day"] == pytest.approx(1.6 * sum(row["chips_by_hour"]))
+    owned = [x for k, v in {**OWNED, "chip_dollars": 30_000}.items() for x in ("--tco", f"{k}={v}")]
+    (mine,) = (r for r in json.loads(RUN.invoke(app, [*options, *owned, "--format", "json"]).stdout) if r["chip"] == "h200")
+    assert mine["rented_dollars_per_day"] == row["rented_dollars_per_day"]  # by chips.toml, whatever it costs to own
+    assert mine["owned_dollars_per_day"] == pytest.approx(24 * mine["peak_chips"] * mine["dollars_per_hour"])
 
 
 def test_a_sweep_is_a_compare_of_each_length():

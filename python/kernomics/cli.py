@@ -50,6 +50,8 @@ SCENARIO = {  # an option for each field of cost.scenario.Scenario, where its de
                         "Default: pool; time where prefill and decode share one."),
     "sold": (list[str], "$/Mtoken that tokens sell for, of the allocation by price: in=0.55, cached=0.14, out=2.19; repeatable."),
     "load": (str, "A load to size a fleet for: '20 requests/s', or '50k tokens/s' of answers."),
+    "day": (str, "The load's shape over a day, --load its mean: 24 numbers as 1,1,2,..., or day-6, DeepSeek's. Fleets by the "
+                 "hour, owned and rented."),
     "utilisation": (float, "Share of the paid hours that serve [1]."),
     "records": (str, "Bench records: a .jsonl file or a folder. Default: the installed ones."),
     "tables": (list[str], "Imported measurements: aic, infersim:<folder>, deepep (H800), a .csv or .parquet file; repeatable."),

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from math import exp, fsum, log
 
 from kernomics.cost import CostError, serving, wrong
-from kernomics.cost.economics import allocated_mtoken, chips_needed, dollars_per_mtoken
+from kernomics.cost.economics import allocated_mtoken, chips_needed, dollars_per_mtoken, owned_day, rented_day
 from kernomics.cost.measured import BOUND, MARKS
 
 
@@ -21,6 +21,8 @@ class Answer:
     requests_per_s: float | None = None  # a load to size a fleet for
     rent_sources: tuple = ("rented", "rented")  # given, owned, rented, or why a price is unknown
     why: str = ""
+    profile: tuple = ()  # load of each hour of a day over its mean, which is requests_per_s
+    hourly: tuple = (None, None)  # $/h of a chip of each pool that is rented by the hour
 
     @property
     def dollars_per_hour(self):
@@ -84,6 +86,14 @@ class Answer:
         return self.service and asked and Fleet(self, asked, *self.service.fleet(asked, self.utilisation))
 
     @property
+    def day(self):
+        """The Day of fleets, one an hour; None without a load and its profile."""
+        if not (self.service and self.requests_per_s and self.profile):
+            return None
+        loads = [self.requests_per_s * x for x in self.profile]
+        return Day(self, tuple(Fleet(self, x, *self.service.fleet(x, self.utilisation)) for x in loads))
+
+    @property
     def watts(self):
         """All-in power (thermal design power where that is unknown) of a chip that prefills, of one that decodes."""
         return tuple(chip.get("all_in_watts") or chip.get("tdp_watts") for chip in self.chip.pools)
@@ -145,6 +155,56 @@ class Fleet:
         return self.dollars_per_hour and dollars_per_mtoken(self.dollars_per_hour, tokens)
 
 
+@dataclass(frozen=True)
+class Day:
+    """Fleets by the hour: owned and paid at the peak of each pool, or rented as they are used."""
+
+    answer: Answer
+    hours: tuple  # a Fleet for each
+
+    @property
+    def chips(self):
+        """Of each hour."""
+        return [f.chips for f in self.hours]
+
+    @property
+    def pools(self):
+        """(chips of each hour that prefill, that decode)"""
+        return [f.prefill for f in self.hours], [f.decode for f in self.hours]
+
+    @property
+    def peak(self):
+        """Chips to own: the most of each pool."""
+        return sum(map(max, self.pools))
+
+    @property
+    def utilisation(self):
+        """Mean share of the owned chips that an hour needs."""
+        return sum(self.chips) / len(self.chips) / self.peak
+
+    def _dollars(self, day, rents):
+        if None in rents:
+            return None
+        tiered = self.answer.service.disaggregated, not self.answer.service.disaggregated  # the pool that bears the tier
+        return sum(day(chips, rent + self.answer.tier_rent * bears) for chips, rent, bears in zip(self.pools, rents, tiered))
+
+    @property
+    def owned_dollars(self):
+        """$/day of the peak, at the scenario's $/h."""
+        return self._dollars(owned_day, self.answer.rents)
+
+    @property
+    def rented_dollars(self):
+        """$/day of the hours used, at the hourly rental."""
+        return self._dollars(rented_day, self.answer.hourly)
+
+    @property
+    def break_even(self):
+        """An hourly rental over the owner's $/h at which both ways cost the same."""
+        used = self._dollars(rented_day, self.answer.rents)
+        return self.owned_dollars / used if used else None
+
+
 def compare(scenario, sources, chips, each=None):
     """[Answer] of every chip, cheapest first, then those without a price, then those without an answer."""
     model, answers = scenario.load_model(), []
@@ -197,7 +257,7 @@ def sweep(scenario, sources, chip, contexts):
 def _answer(scenario, chip, service, why=""):
     rents, where = zip(*map(scenario.rent, chip.pools))
     return Answer(chip, service, rents, scenario.utilisation, scenario.named_allocation, scenario.sold, scenario.requests_per_s,
-                  where, why)
+                  where, why, scenario.profile, tuple(map(scenario.hourly, chip.pools)))
 
 
 def held(scenario, sources, answer):

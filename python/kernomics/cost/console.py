@@ -17,7 +17,7 @@ from kernomics.cost import tco as costs
 from kernomics.cost import vendor as stack
 from kernomics.cost.measured import MARKS
 from kernomics.cost.report import SIGN, WIDTH, money, seconds_text, si
-from kernomics.cost.scenario import ALLOCATED
+from kernomics.cost.scenario import ALLOCATED, DAY6, DAY6_NODES
 from kernomics.cost.serving import UNCOUNTED
 
 LEGEND = ("● measured here  ◐ between two measured points  ■ imported measurement  □ transferred from another dtype or shape  "
@@ -90,7 +90,8 @@ def answer_dict(a):
             "first_token_s": s.first, "prefill_share_of_chips": s.prefill_share,
             "joules_per_token_out": a.joules_out, "tokens_per_s_per_mw": a.tokens_per_s_per_mw,
             "share": {k: v for k, v in a.share.items() if v}, **(move_dict(s) if s.move else {}),
-            **(tier_dict(a) if s.workload.tier else {}), **(fleet_dict(a.fleet) if a.fleet else {})}
+            **(tier_dict(a) if s.workload.tier else {}), **(fleet_dict(a.fleet) if a.fleet else {}),
+            **(day_dict(a.day) if a.day else {})}
 
 
 def move_dict(s):
@@ -106,6 +107,12 @@ def tier_dict(a):
 def fleet_dict(f):
     return {"requests_per_s": f.requests_per_s, "prefill_chips": f.prefill, "decode_chips": f.decode, "nodes": f.nodes,
             "fleet_dollars_per_hour": f.dollars_per_hour, "fleet_dollars_per_mtoken": f.dollars}
+
+
+def day_dict(d):
+    return {"chips_by_hour": d.chips, "peak_chips": d.peak, "mean_utilisation": d.utilisation,
+            "owned_dollars_per_day": d.owned_dollars, "rented_dollars_per_day": d.rented_dollars,
+            "break_even_rental": d.break_even}
 
 
 def show_compare(scenario, rows):
@@ -139,6 +146,8 @@ def show_compare(scenario, rows):
                   style="dim", highlight=False)
     if scenario.load:
         show_fleets(scenario, rows)
+    if scenario.day is not None:
+        show_days(scenario, rows)
     for a in rows:
         if a.why:
             out.print(f"{a.chip.key}: {a.why}", style="red", highlight=False, markup=False)
@@ -175,6 +184,32 @@ def show_fleets(scenario, rows):
                       money(f.dollars))
     out.print(table)
     out.print("Whole instances of the plans above; a node is a scale-up domain.", style="dim", highlight=False)
+
+
+def show_days(scenario, rows):
+    """Fleets by the hour, and what a day costs owned and rented."""
+    rows = [a for a in rows if a.day]
+    out, hours, table = console(), Table(box=None, padding=(0, 2, 0, 0)), Table(box=None, padding=(0, 2, 0, 0))
+    out.print(f"\nA day with a mean of {scenario.load}, chips by the hour", highlight=False)
+    for head in ("hour", "load", *(a.chip.key for a in rows)):
+        hours.add_column(head, justify="right", no_wrap=True)
+    for h, load in enumerate(scenario.profile):
+        hours.add_row(str(h), f"{100 * load:.0f} %", *(f"{a.day.chips[h]:,}" for a in rows))
+    out.print(hours)
+    for head in ("chip", "peak chips", "used", "owned $/day", "rented $/day", "even at"):
+        table.add_column(head, justify="left" if head == "chip" else "right", no_wrap=True)
+    for a in rows:
+        d = a.day
+        table.add_row(a.chip.key, f"{d.peak:,}", f"{100 * d.utilisation:.1f} %", money(d.owned_dollars), money(d.rented_dollars),
+                      "-" if d.break_even is None else f"{d.break_even:.2f} x $/h")
+    out.print(table)
+    shape = ""
+    if scenario.day == DAY6:
+        mean, peak = DAY6_NODES
+        shape = f" {DAY6}: mean {mean:g} and peak {peak:g} nodes are published, the hours between are a cosine, hour 0 the peak."
+    out.print("Owned: the peak of each pool, paid all day at $/h above. Rented: the chips of each hour at the hourly rental "
+              f"(given, or that of chips.toml); both cost the same at the rental in the last column.{shape}", style="dim",
+              highlight=False)
 
 
 def stream_dict(x):
@@ -456,7 +491,7 @@ def write(rows, form):
     if form != "csv":
         raise CostError(f"format is {form!r}, allowed: json, csv")
     rows = [rows] if isinstance(rows, dict) else rows
-    flat = [{k: json.dumps(v) if isinstance(v, dict) else v for k, v in r.items()} for r in rows]
+    flat = [{k: json.dumps(v) if isinstance(v, dict | list) else v for k, v in r.items()} for r in rows]
     names = list(dict.fromkeys(k for r in flat for k in r))
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")

@@ -1,7 +1,7 @@
 """The arithmetic of the cost model: every formula a function, its unit equation in its docstring."""
 
 from itertools import accumulate, pairwise
-from math import ceil, exp, expm1, floor, inf, log1p, log10, pi, prod, sqrt
+from math import ceil, cos, exp, expm1, floor, inf, log1p, log10, pi, prod, sqrt
 
 from scipy.optimize import brentq
 
@@ -39,6 +39,21 @@ def dollars_per_mtoken(dollars_per_hour, tokens_per_s):
 def fleet_dollars(nodes, chips_per_node, hours, dollars_per_hour):
     """$ = node * chip/node * h * $/(chip*h)"""
     return nodes * chips_per_node * hours * dollars_per_hour
+
+
+def owned_day(chips, dollars_per_hour):
+    """$ = max chip * h * $/(chip*h): a fleet that is owned is paid at its peak in every hour; chips: those of each hour."""
+    return max(chips) * len(chips) * dollars_per_hour
+
+
+def rented_day(chips, dollars_per_hour):
+    """$ = sum of chip * 1 h * $/(chip*h): a fleet rented by the hour is paid as it is used."""
+    return sum(chips) * dollars_per_hour
+
+
+def day_shape(mean, peak, hours=24):
+    """[1 ...]: 1 + (peak / mean - 1) * cos(2 pi h / hours), hour 0 the busiest: of a day whose mean and peak alone are known."""
+    return [1 + (peak / mean - 1) * cos(2 * pi * h / hours) for h in range(hours)]
 
 
 def expected_active(t, e, top_k):

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 
 from kernomics.cost import CostError, Unknown, tco, wrong
 from kernomics.cost import chips as chip_files
+from kernomics.cost.economics import day_shape
 from kernomics.cost.fields import Checked, parse
 from kernomics.cost.measured import Measured, read
 from kernomics.cost.model import Model
@@ -21,6 +22,8 @@ else:
     import tomli as tomllib
 
 TIER = ("tier", "tier_gb", "tier_gb_per_s", "tier_dollars_per_gb_month")
+DAY6 = "day-6"
+DAY6_NODES = 226.75, 278  # mean, peak, to 2025-02-28: DeepSeek, open-infra-index, day 6; hours are not given in numbers
 LOAD = re.compile(r"([0-9]+(?:\.[0-9]*)?(?:e[+-]?[0-9]+)?) ?([kM]?) ?(requests|tokens)/s")
 CHIPS = ("h100", "h200", "b200", "mi300x", "trainium2")
 
@@ -75,6 +78,8 @@ class Scenario(Checked):
                                                                 "time, its price or its pool; default: pool, of one pool time")
     sold: dict[str, float] = Field({}, description="$/Mtoken that tokens in, cached and out sell for, of the allocation by price")
     load: str | None = Field(None, description="to size a fleet for: 20 requests/s, or 50k tokens/s of answers")
+    day: str | list[float] | None = Field(None, description="the load's shape over a day: 24 numbers, one an hour, load their "
+                                          "mean, or day-6, DeepSeek's")
     utilisation: float = Field(1.0, gt=0, le=1, description="share of the paid hours that serve")
     records: str | None = Field(None, description="bench records: a .jsonl file or a folder")
     tables: list[str] = Field([], description="imported tables: aic, infersim:<folder>, deepep, or a .csv or .parquet file")
@@ -102,6 +107,8 @@ class Scenario(Checked):
             raise wrong("allocation", self.allocation, "time, price: aggregated serving has one pool")
         if self.kv_gb_per_s and not self.disaggregated:
             raise wrong("kv_gb_per_s", self.kv_gb_per_s, "none: aggregated serving has one pool")
+        if self.profile and not self.load:
+            raise wrong("load", self.load, "the mean of the day, as day is given")
         self.requests_per_s  # noqa: B018  checks the load
         return self
 
@@ -115,6 +122,21 @@ class Scenario(Checked):
         if not 0 < rate < float("inf"):
             raise wrong("load", self.load, "above 0 requests/s, or tokens/s of answers, as 20 requests/s or 50k tokens/s")
         return rate / (self.tokens_out if found[3] == "tokens" else 1)
+
+    @property
+    def profile(self):
+        """Load of each hour over the day's mean; empty where no day is asked for."""
+        if self.day is None:
+            return ()
+        if self.day == DAY6:
+            return tuple(day_shape(*DAY6_NODES))
+        try:
+            hours = [float(x) for x in (self.day.split(",") if isinstance(self.day, str) else self.day)]
+        except ValueError:
+            hours = []
+        if len(hours) != 24 or min(hours) < 0 or not 0 < sum(hours) < float("inf"):
+            raise wrong("day", self.day, f"24 numbers of at least 0, one above 0, or {DAY6}")
+        return tuple(24 * x / sum(hours) for x in hours)
 
     @property
     def named_allocation(self):
@@ -159,6 +181,10 @@ class Scenario(Checked):
             except Unknown as error:
                 return None, str(error)
         return chip.get("dollars_per_hour"), "rented"
+
+    def hourly(self, chip):
+        """$/h of a chip rented by the hour: as given, else the rental of chips.toml, whatever it costs an owner."""
+        return self.dollars_per_hour.get(chip.key, chip.get("dollars_per_hour"))
 
     def dollars(self, chip):
         """$/h of a chip, or None where nobody says."""
