@@ -9,8 +9,8 @@ import pytest
 
 from kernomics.cost import CostError, chips, economics, report
 from kernomics.cost.measured import BOUND, INTERPOLATED, MEASURED, Measured, log_log, read, weakest
-from kernomics.cost.model import Model
-from kernomics.cost.price import Request, bound, price, time
+from kernomics.cost.model import Model, Shard
+from kernomics.cost.price import Request, bound, price, time, times
 
 V3 = Model.load("deepseek-v3")
 CPU = "cpu-test-avx2-2t"
@@ -118,6 +118,15 @@ def test_marks_add_up_to_the_weakest():
     assert weakest([MEASURED, INTERPOLATED]) == INTERPOLATED
     assert weakest([BOUND, INTERPOLATED, MEASURED]) == BOUND
     assert log_log(10, (1, 1.0), (100, 9.0)) == pytest.approx(3.0)
+
+
+def test_measured_experts_include_activation_and_permutation():
+    rows = V3.decode(64, 512, shard=Shard(ep=8))
+    parts = {"expert SwiGLU", "to expert order", "from expert order"}
+    chip, measured = machine(record("moe_experts", 0.25, **row_of(rows, "routed experts").dims))
+    timed = {t.row.name: t for t in times(rows, chip, measured)}
+    assert timed["routed experts"].seconds == 0.25 and {n for n in parts if timed[n].seconds} == set()
+    assert all(t.seconds for t in times(rows, chip, Measured([])))  # a roofline of the products includes nothing
 
 
 def test_a_step_of_measured_rows_is_measured():

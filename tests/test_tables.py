@@ -355,6 +355,26 @@ def test_infersim_data():
     assert len(h20.describe()) >= 5
 
 
+@real
+def test_aiconfigurators_experts_include_activation_and_permutation():
+    for variant in ("balanced", "deepep_prefill_uniform"):
+        assert aic.load("h200").seconds("h200", "moe", "fp8_block", V3, variant).includes == ("activation", "permutation")
+    assert aic.load("h200").seconds("h200", "gemm", "fp8_block", {"m": 8, "n": 7168, "k": 2048}).includes == ()
+
+
+@pytest.mark.skipif(not BENCH_DATA, reason="no InferSim tables here")
+def test_infersims_experts_are_products_alone():
+    h800 = infersim.load(BENCH_DATA, "h800")
+    for variant, includes in (("balanced_prefill", ()), ("balanced_decode", ("permutation",))):
+        assert h800.seconds("h800", "moe", "fp8_block", {**V3, "t": 8192, "ep": 32}, variant).includes == includes
+
+
+def test_experts_of_a_file_include_the_activation_and_transfers_keep_it():
+    known = [(7168, 2048, 384, 8), (4096, 2048, 256, 8)]
+    for t, dtype in ((Tables([experts("fp8", known)]), "fp8"), (Tables([experts("bf16", known)]), "fp8")):
+        assert t.seconds("h200", "moe", dtype, V3, "balanced").includes == ("activation",)
+
+
 # ---------------------------------------------------------------- accuracy on a table whose 80 % are left out
 
 LAWS = ("balanced", "power_law_1.01", "power_law_1.2")
