@@ -6,9 +6,9 @@
 // registers, where wgmma takes its first operand: by the count of instructions a quarter issues 1400 (16 rows) or 1900 in 2000
 // cycles.
 //
-// Three warpgroups: one copies, 16 bytes a thread and time, into a ring of four tiles; two take a step of two tiles together:
-// scores of a tile each (keys x rows), the maxima of rows through shared memory, weights of all 128 keys to shared memory, then
-// the values of 256 columns each (columns x rows). Four tiles are 164 KB, half of them on their way.
+// Three warpgroups: one copies, by tensor map or 16 bytes a thread and time, into a ring of four tiles; two take a step of two
+// tiles together: scores of a tile each (keys x rows), the maxima of rows through shared memory, weights of all 128 keys to
+// shared memory, then the values of 256 columns each (columns x rows). Four tiles are 164 KB, half of them on their way.
 //
 // Scores: codes are f16, exactly; so are the queries, each row times a power of two that makes its largest 2^14 to 2^15 (bf16
 // values below 2^-29 of it lose bits, 2^-40 of it at most). k runs in another order than in the cache, so that a lane's 16 codes
@@ -31,6 +31,7 @@ template <int N> struct Few {  // bytes of shared memory; N query rows
 
     struct State {
         uint64_t full[STEPS], empty[STEPS];
+        int odd[STEPS];  // the tile's page is none
         float most[8][N], sums[8][N];  // of each warp
         uint32_t exponents[8][4];      // of each warp's scales of 128 columns: the largest, above it 255 less the smallest
         float factor[N];               // of a row's scores, to base 2
@@ -46,8 +47,39 @@ template <int N> struct Few {  // bytes of shared memory; N query rows
     static_assert(SHARED <= 227 << 10 && SLOT % 1024 == 0);
 };
 
-// Where the 16-byte chunks of a row of 128 bytes go: eight rows of a chunk, and two rows of four chunks, lie in different banks.
-__device__ __forceinline__ int few_chunk(int row, int chunk) { return chunk ^ ((row & 1) << 2 | (row >> 1 & 3)); }
+// The key that is a row of scores: under the 128-byte swizzle four chunks of a row and of the next then lie in different banks.
+__device__ __forceinline__ int few_key(int row) { return (row & ~7) | (row & 1) << 2 | (row >> 1 & 3); }
+
+// One warp: tiles by tensor map, the scales by one of their own.
+template <int N>
+__device__ void few_load_mapped(const MlaArgs& a, const CUtensorMap* map, const CUtensorMap* scales, unsigned char* slots,
+                                typename Few<N>::State& m, int lane) {
+    using F = Few<N>;
+    MlaWalk walk = m.start;
+    MlaSegment s;
+    int j = 0;
+    while (walk.next(a.line, s)) {
+        const int end = last_tile<1>(a, s);
+        int pages = 0;
+        for (int t = s.first; t < end; ++t, ++j) {
+            const int ahead = (t - s.first) % 32, slot = j % F::STEPS;
+            if (ahead == 0) pages = t + lane < end ? a.table[int64_t(s.seq) * a.n + int64_t(t + lane) * MLA_KEYS / a.page] : 0;
+            const int page = __shfl_sync(0xffffffff, pages, ahead);
+            if (lane == 0) {
+                const bool known = page >= 0 && page < a.p;
+                const int row = (known ? page * a.page : 0) + int(int64_t(t) * MLA_KEYS % a.page);
+                unsigned char* const to = slots + slot * F::SLOT;
+                barrier_wait(&m.empty[slot], (j / F::STEPS & 1) ^ 1);
+                m.odd[slot] = !known;
+                barrier_expect(&m.full[slot], F::SLOT);
+                for (int i = 0; i < 4; ++i) tma_load(to + i * 8192, map, &m.full[slot], i * 128, row, EVICT_FIRST);
+                tma_load(to + F::ROTATED, map, &m.full[slot], 528, row, EVICT_FIRST);
+                tma_load(to + F::SCALES, scales, &m.full[slot], 512, row, EVICT_FIRST);
+            }
+            __syncwarp();
+        }
+    }
+}
 
 // A warpgroup: each warp 16 keys of every tile.
 template <int N> __device__ void few_load(const MlaArgs& a, unsigned char* slots, typename Few<N>::State& m, int warp, int lane) {
@@ -73,7 +105,7 @@ template <int N> __device__ void few_load(const MlaArgs& a, unsigned char* slots
         barrier_wait(&m.empty[slot], (j / F::STEPS & 1) ^ 1);
         auto copy = [&](int key, int chunk, int panel, int from) {
             const int at = __shfl_sync(0xffffffff, token, key), row = warp * 16 + key;
-            cp_async16(to + panel + row * 128 + few_chunk(row, chunk) * 16, at < 0 ? nans() : a.cache + int64_t(at) * 656 + from,
+            cp_async16(to + panel + row * 128 + (chunk ^ row % 8) * 16, at < 0 ? nans() : a.cache + int64_t(at) * 656 + from,
                        at != NO_KEY);
         };
 #pragma unroll 4
@@ -123,12 +155,12 @@ template <int N>
 __device__ __forceinline__ void few_scores(float (&d)[N / 2], const unsigned char* tile, uint64_t q, const float4 (&by)[2],
                                            int local) {
     using F = Few<N>;
-    uint4 line[2];  // of keys fragment_row(local, 0) and (local, 2)
+    uint4 line[2];  // of this thread's two keys
     auto read = [&](int panel, int block) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const int row = fragment_row(local, 2 * r);
-            line[r] = *reinterpret_cast<const uint4*>(tile + panel + row * 128 + few_chunk(row, block * 4 + local % 4) * 16);
+            const int key = few_key(fragment_row(local, 2 * r)), chunk = (block * 4 + local % 4) ^ key % 8;
+            line[r] = *reinterpret_cast<const uint4*>(tile + panel + key * 128 + chunk * 16);
         }
     };
     auto word = [&](int r, int i) { return i == 0 ? line[r].x : i == 1 ? line[r].y : i == 2 ? line[r].z : line[r].w; };
@@ -173,8 +205,11 @@ __device__ __forceinline__ void few_scores(float (&d)[N / 2], const unsigned cha
     add(3);
 }
 
-template <int N>
-__global__ void __launch_bounds__(384, 1) mla_decode_few_kernel(const uint16_t* q, const MlaArgs a) {
+// MAPPED: 64 keys lie in a page.
+template <int N, bool MAPPED>
+__global__ void __launch_bounds__(384, 1)
+    mla_decode_few_kernel(const uint16_t* q, const __grid_constant__ CUtensorMap cache_map,
+                          const __grid_constant__ CUtensorMap scales_map, const MlaArgs a) {
     using F = Few<N>;
     constexpr int OWN = N / 4;  // rows of a thread: 8 j + 2 (lane % 4) and the next
     KN_SHARED(memory);
@@ -186,7 +221,7 @@ __global__ void __launch_bounds__(384, 1) mla_decode_few_kernel(const uint16_t* 
     const int thread = int(threadIdx.x), warp = uniform(thread / 32), lane = thread % 32, part = int(blockIdx.x);
     if (thread == 0) {
         for (int slot = 0; slot < F::STEPS; ++slot) {
-            barrier_init(&m.full[slot], 128);
+            barrier_init(&m.full[slot], MAPPED ? 1 : 128);
             barrier_init(&m.empty[slot], 8);
         }
         barrier_init_fence();
@@ -202,7 +237,8 @@ __global__ void __launch_bounds__(384, 1) mla_decode_few_kernel(const uint16_t* 
     __syncthreads();
     if (warp < 4) {
         registers_less<72>();
-        few_load<N>(a, slots, m, warp, lane);
+        if (!MAPPED) few_load<N>(a, slots, m, warp, lane);
+        else if (warp == 0) few_load_mapped<N>(a, &cache_map, &scales_map, slots, m, lane);
         return;
     }
     registers_more<216>();
@@ -237,7 +273,7 @@ __global__ void __launch_bounds__(384, 1) mla_decode_few_kernel(const uint16_t* 
                 barrier_wait(&m.full[(j + half) % F::STEPS], (j + half) / F::STEPS & 1);
 #pragma unroll
                 for (int r = 0; r < 2; ++r)
-                    by[r] = *reinterpret_cast<const float4*>(tile + F::SCALES + fragment_row(local, 2 * r) * 16);
+                    by[r] = *reinterpret_cast<const float4*>(tile + F::SCALES + few_key(fragment_row(local, 2 * r)) * 16);
                 few_scores<N>(d, tile, descriptor(shared_address(queries), 1024), by, local);
 #pragma unroll
                 for (int i = 0; i < N / 2; i += 4) {
@@ -245,23 +281,28 @@ __global__ void __launch_bounds__(384, 1) mla_decode_few_kernel(const uint16_t* 
 #pragma unroll
                     for (int c = 0; c < 4; ++c) d[i + c] *= c % 2 ? f.y : f.x;
                 }
+                if (MAPPED && m.odd[(j + half) % F::STEPS]) {
+#pragma unroll
+                    for (float& v : d) v = __int_as_float(0x7fffffff);
+                }
                 const int base = (t + half) * MLA_KEYS;
                 if (base + MLA_KEYS > fewest) {
-                    // A weight of 0 does not hide a value of NaN: zeros in odd keys that a row does not see. The rows that see
-                    // such a key are NaN.
+                    // A weight of 0 does not hide a value of NaN: zeros beyond the sequence, and in odd keys that a row does not
+                    // see. The rows that see such a key are NaN.
+                    const int mine = base + warp % 4 * 16, last = MAPPED ? 16 : min(s.length - mine, 16);
 #pragma unroll 1
-                    for (int key = max(fewest - base - warp % 4 * 16, 0); key < min(s.length - base - warp % 4 * 16, 16); ++key) {
+                    for (int key = max(fewest - mine, 0); key < last; ++key) {
                         const int row = warp % 4 * 16 + key;
                         unsigned char* const line = tile + lane / 8 * 8192 + row * 128;
-                        uint4* const chunk = reinterpret_cast<uint4*>(line + few_chunk(row, lane % 8) * 16);
+                        uint4* const chunk = reinterpret_cast<uint4*>(line + (lane % 8 ^ row % 8) * 16);
                         const uint32_t word[4] = {chunk->x, chunk->y, chunk->z, chunk->w};
                         bool odd = lane < 4 && is_odd(reinterpret_cast<const float*>(tile + F::SCALES + row * 16)[lane]);
                         for (uint32_t w : word) odd |= (((w & 0x7f7f7f7f) + 0x01010101) & 0x80808080) != 0;
-                        if (!__any_sync(0xffffffff, odd)) continue;
+                        if (mine + key < s.length && !__any_sync(0xffffffff, odd)) continue;
                         *chunk = uint4{0, 0, 0, 0};
 #pragma unroll
                         for (int r = 0; r < 2; ++r)
-                            if (lane / 4 + 8 * r == key) {
+                            if (few_key(lane / 4 + 8 * r) == key) {
                                 by[r] = float4{0, 0, 0, 0};
 #pragma unroll
                                 for (int i = 0; i < N / 2; ++i)
@@ -269,8 +310,10 @@ __global__ void __launch_bounds__(384, 1) mla_decode_few_kernel(const uint16_t* 
                             }
                     }
 #pragma unroll
-                    for (int i = 0; i < N / 2; ++i)
-                        if (base + fragment_row(local, i) >= a.seen(s.length, fragment_column(local, i))) d[i] = MINUS_INF;
+                    for (int i = 0; i < N / 2; ++i) {
+                        const int key = base + few_key(fragment_row(local, i));
+                        if (key >= a.seen(s.length, fragment_column(local, i))) d[i] = MINUS_INF;
+                    }
                 }
             } else {
 #pragma unroll
@@ -398,12 +441,11 @@ __global__ void __launch_bounds__(384, 1) mla_decode_few_kernel(const uint16_t* 
                     uint32_t w[2][4][4];
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {  // columns 256 half + 64 i + 16 (warp % 4) on: a chunk of each key
-                        const int panel = half * 2 + i / 2, chunk = i % 2 * 4 + warp % 4;
+                        const int panel = half * 2 + i / 2, key = few_key(lane), chunk = (i % 2 * 4 + warp % 4) ^ key % 8;
                         uint32_t raw[2][4];
 #pragma unroll
                         for (int k = 0; k < 2; ++k)
-                            ldmatrix4_transposed(raw[k],
-                                                 from + panel * 8192 + (k * 32 + lane) * 128 + few_chunk(lane, chunk) * 16);
+                            ldmatrix4_transposed(raw[k], from + panel * 8192 + (k * 32 + key) * 128 + chunk * 16);
                         if (i > 1) wgmma_wait<1>();  // these registers' last products are done
                         // Even bytes are the one column, odd ones the next; low halves the one key, high ones the next.
 #pragma unroll

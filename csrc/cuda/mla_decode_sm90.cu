@@ -606,7 +606,19 @@ template <Cache CACHE, int CLUSTER> static void run(MlaArgs& a, int64_t most, co
 
 template <int N> static void run_few(MlaArgs& a, int64_t most, const void* q, cudaStream_t stream) {
     const Grid grid = prepare(a, most, N, 384, Few<N>::SHARED, 1);
-    launch<mla_decode_few_kernel<N>>("mla_decode_sm90", grid, stream, static_cast<const uint16_t*>(q), a);
+    const auto* const queries = static_cast<const uint16_t*>(q);
+    const int64_t tokens = int64_t(a.p) * a.page;
+    if (a.page % MLA_KEYS || tokens == 0) {
+        launch<mla_decode_few_kernel<N, false>>("mla_decode_sm90", grid, stream, queries, CUtensorMap{}, CUtensorMap{}, a);
+        return;
+    }
+    const uint64_t dims[2] = {656, uint64_t(tokens)}, strides[1] = {656};
+    const uint32_t codes[2] = {128, MLA_KEYS}, scales[2] = {16, MLA_KEYS};
+    auto map = [&](const uint32_t* box, CUtensorMapSwizzle swizzle) {
+        return tensor_map(CU_TENSOR_MAP_DATA_TYPE_UINT8, a.cache, 2, dims, strides, box, swizzle);
+    };
+    launch<mla_decode_few_kernel<N, true>>("mla_decode_sm90", grid, stream, queries, map(codes, CU_TENSOR_MAP_SWIZZLE_128B),
+                                           map(scales, CU_TENSOR_MAP_SWIZZLE_NONE), a);
 }
 
 #ifdef KN_ON_CPU

@@ -52,7 +52,7 @@ def test_long_sequences():
     for kind, (page, b, q, h, lens) in itertools.product(("bf16", "u8"), [
             (1, 2, 1, 16, (1500, 700)), (48, 1, 2, 70, (900,)), (64, 3, 1, 64, (400, 0, 1200)), (64, 2, 1, 128, (700, 129)),
             (128, 1, 4, 40, (330,)), (64, 2, 4, 64, (0, 259)), (64, 3, 2, 16, (1500, 0, 63)), (16, 2, 3, 8, (2, 700)),
-            (64, 40, 1, 8, tuple(range(40, 80))), (32, 1, 1, 32, (2100,))]):
+            (64, 40, 1, 8, tuple(range(40, 80))), (32, 1, 1, 32, (2100,)), (128, 1, 2, 8, (390,))]):
         pages = sum(-(-n // page) for n in lens) + 2
         case = Case(b=b, q=q, h=h, lens=lens, page=page, p=pages, n=-(-max(lens) // page), softmax_scale=0.05, kv_cache=kind,
                     sink="f32")
