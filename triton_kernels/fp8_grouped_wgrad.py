@@ -15,8 +15,11 @@ def tile(dims, chip):
     """Rows of a step (a divisor of 128), rows and columns of a gradient's tile, warps, stages. Unmeasured.
 
     Few rows: small tiles, several to a multiprocessor, so that one's loads run beside another's stores. Many: as large as
-    the registers hold the sums and a step's products.
+    the registers hold the sums and a step's products. Where 16 does not divide rows, elements come one by one, with an
+    address each: small tiles for many threads.
     """
+    if dims["n"] % 16 or dims["k"] % 16:
+        return 16 if chip.amd else 32, 64, 64, 8, 2
     if dims["t"] <= 48 * dims["e"]:
         return 32, 64, 64, 4, 2
     if chip.family in ("sm90", "sm100", "sm103"):

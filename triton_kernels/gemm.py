@@ -115,14 +115,16 @@ def place(item, m_tiles, n_tiles, GROUP: tl.constexpr):
 
 
 @triton.jit
-def put(out, acc, bias, row, row_ok, col, n, SWAP: tl.constexpr):
-    """``acc + bias`` to rows and columns of ``out`` that are inside."""
+def put(out, acc, bias, first, last, col, n, BM: tl.constexpr, SWAP: tl.constexpr):
+    """``acc + bias`` to BM rows of ``out`` from ``first`` on, those before ``last``, and to the columns that are inside."""
     if SWAP:
         acc = tl.trans(acc)
     if bias is not None:
         acc += tl.load(bias + col, mask=col < n, other=0.0).to(tl.float32)[None, :]
-    tl.store(out + row.to(tl.int64)[:, None] * n + col[None, :], acc.to(out.dtype.element_ty),
-             mask=row_ok[:, None] & (col < n)[None, :])
+    row = tl.arange(0, BM)
+    n = tl.where(first < last, n, 0)  # n, which the compiler does not know: it would keep addresses from tile to tile
+    tl.store(out + first.to(tl.int64) * n + (row[:, None] * n + col[None, :]), acc.to(out.dtype.element_ty),
+             mask=(row < last - first)[:, None] & (col < n)[None, :])
 
 
 @triton.jit
@@ -136,8 +138,7 @@ def dense_item(item, a, a_scale, b, b_scale, bias, out, m, n, k, per_part, BM: t
     last = tl.minimum(first + per_part, tl.cdiv(k, BK))
     acc = product(a, a_scale, b, b_scale, i * BM, m, None, j * BN, n, j * BN // 128, k, first, last, BM, BN, BK, UNROLL,
                   SWAP, A_FP8, B_FP8, NATIVE, EVEN, TMA, TMA)
-    row, col = i * BM + tl.arange(0, BM), j * BN + tl.arange(0, BN)
-    put(out + part.to(tl.int64) * m * n, acc, bias, row, row < m, col, n, SWAP)
+    put(out + part.to(tl.int64) * m * n, acc, bias, i * BM, m, j * BN + tl.arange(0, BN), n, BM, SWAP)
 
 
 @triton.jit
@@ -203,9 +204,9 @@ def grouped_kernel(a, a_scale, b, b_scale, offsets, rows, out, t, a_rows, e, n, 
         before = tl.sum(tl.where(ends <= item, tiles, 0), axis=0) * n_tiles
         first, last = tl.load(offsets + group), tl.load(offsets + group + 1)
         i, j = place(item - before, tl.cdiv(last - first, BM), n_tiles, GROUP)
-        row, col = first + i * BM + tl.arange(0, BM), j * BN + tl.arange(0, BN)
         a_row = None
         if rows is not None:
+            row = first + i * BM + tl.arange(0, BM)
             from_row = tl.load(rows + row, mask=row < last, other=-1)
             found = (from_row >= 0) & (from_row < a_rows)
             a_row = tl.where(found, from_row, 0)
@@ -217,7 +218,7 @@ def grouped_kernel(a, a_scale, b, b_scale, offsets, rows, out, t, a_rows, e, n, 
         if rows is not None:
             kind = kind[None, :] if SWAP else kind[:, None]
             acc = tl.where(kind == 1.0, acc, kind)
-        put(out, acc, None, row, row < last, col, n, SWAP)
+        put(out, acc, None, first + i * BM, last, j * BN + tl.arange(0, BN), n, BM, SWAP)
 
 
 # ---------------------------------------------------------------- launches
@@ -248,14 +249,18 @@ def options_of(bm, dims, chip):
     16 or 32 of its columns are tokens; so they do where they are decoded, as that side may come from registers (on AMD all
     operands do, and the other way takes fewer scalar registers). From 64 rows on the tile is as large as the registers hold
     its sums and a step's product. Operands decoded in registers take steps of 64 where those of 128 would spill, as do large
-    ones of bf16 where shared memory is short.
+    ones of bf16 where shared memory is short. Where 16 does not divide k, rows start anywhere and their elements come one by
+    one through registers, with an address each: tiles of 64 x 64 a step leave room for those.
     """
+    if dims["k"] % 16:
+        return {"BM": min(bm, 64), "BN": 64, "BK": 64, "GROUP": 8, "UNROLL": 1, "TMA": False, "SWAP": bm <= 32, "num_warps": 8,
+                "num_stages": 1}
     decoded = dims["a_bytes"] != dims["b_bytes"] or dims["a_bytes"] == 1 and not chip.e4m3
     options = {"BM": bm, "BN": 64 if bm <= 32 else 128, "BK": 128, "GROUP": 8, "UNROLL": 1, "TMA": False,
                "SWAP": bm <= 32 or dims["a_bytes"] > dims["b_bytes"] and not chip.amd, "num_warps": 4 if bm <= 32 else 8}
     if decoded and (bm >= 64 or chip.amd and (bm >= 32 or dims["a_bytes"] == 2 and not chip.e4m3)):
         options["BK"] = 64
-    if dims["a_bytes"] == 2 and bm == 128 and chip.shared < 128 << 10:
+    if dims["a_bytes"] == 2 and (bm == 128 and chip.shared < 128 << 10 or bm == 64 and chip.family == "sm80"):
         options["BK"] = 64
     if chip.amd:
         return options | {"num_stages": 2}
@@ -332,7 +337,7 @@ def dense_tile(dims, chip):
     m, n, k, best = dims["m"], dims["n"], dims["k"], None
     for bm in (16,) if m <= 16 else (32,) if m <= 32 else (64,) if m <= 64 else (128, 64):
         options = options_of(bm, dims, chip)
-        tiles, steps = triton.cdiv(m, bm) * triton.cdiv(n, options["BN"]), triton.cdiv(k, options["BK"])
+        tiles, steps = triton.cdiv(m, options["BM"]) * triton.cdiv(n, options["BN"]), triton.cdiv(k, options["BK"])
         slots = chip.units * (per_unit(options, dims, chip) if bm <= 32 else 1)
         for parts in range(1, max(1, min(16, steps // 4)) + 1):
             per_part = max(triton.cdiv(steps, parts), 1)

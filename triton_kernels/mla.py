@@ -66,15 +66,16 @@ def schedule(lens, b, uniform, most, parts, part, BN: tl.constexpr, GAP: tl.cons
 
 
 @triton.jit
-def lookup(places, item, n, stop, width, pages, PAGE: tl.constexpr, BN: tl.constexpr, SPARSE: tl.constexpr):
-    """Slots in the cache of the BN keys from ``n`` on, -1 for none, or the first one where they are consecutive; and a sign
-    of a wrong page. A slot fits 32 bits: 2**31 tokens are more than a terabyte."""
+def lookup(places, item, n, stop, width, pages, PAGE: tl.constexpr, BN: tl.constexpr, SPARSE: tl.constexpr,
+           RUN: tl.constexpr):
+    """Slots in the cache of the BN keys from ``n`` on, -1 for none, or the first one for a RUN; and a sign of a wrong page.
+    A slot fits 32 bits: 2**31 tokens are more than a terabyte."""
     key = n + tl.arange(0, BN)
     inside = key < stop
     if SPARSE:
         slot = tl.load(places + item * width + key, mask=inside, other=-1)
         return tl.where(slot < pages * PAGE, slot, -1), 0
-    elif PAGE % BN == 0:
+    elif RUN:
         page = tl.load(places + item * width + n // PAGE, mask=n < stop, other=0)
         ok = (page >= 0) & (page < pages)
         return tl.where(ok, page, 0) * PAGE + n % PAGE, tl.where(ok, 0, 1)
@@ -137,16 +138,27 @@ def widen(x, NATIVE: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def load_latent(latent, slot, ok, C: tl.constexpr, W: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr,
-                ASM: tl.constexpr):
+def load_part(latent, slot, ok, c: tl.constexpr, W: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr):
+    """Operand ``c`` of ``load_latent``."""
+    at = row_starts(latent, slot, 656 if FP8 else 576, ok.shape[0])[:, None]
+    return tl.load(at + (c * W + tl.arange(0, W))[None, :], mask=ok[:, None], other=0.0 if NATIVE or not FP8 else 0)
+
+
+@triton.jit
+def load_latent(latent, slot, ok, C: tl.constexpr, W: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr):
     """The 512 columns of the keys in ``slot`` as C operands [BN, W]; zeros for keys without ``ok``."""
     out = ()
-    at = row_starts(latent, slot, 656 if FP8 else 576, ok.shape[0])[:, None]
     for c in tl.static_range(C):
-        x = tl.load(at + (c * W + tl.arange(0, W))[None, :], mask=ok[:, None], other=0.0 if NATIVE or not FP8 else 0)
-        if FP8:
-            x = widen(x, NATIVE, ASM)
-        out = out + (x,)
+        out = out + (load_part(latent, slot, ok, c, W, FP8, NATIVE),)
+    return out
+
+
+@triton.jit
+def wide(k, C: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr):
+    """The parts of ``load_latent`` as bf16."""
+    out = ()
+    for c in tl.static_range(C):
+        out = out + (widen(k[c], NATIVE, ASM) if FP8 else k[c],)
     return out
 
 
@@ -189,15 +201,21 @@ def scores(q_latent, q_rope, k_latent, k_rope, k_scale, factor, C: tl.constexpr,
     else:
         s = tl.dot(q_rope, k_rope) * factor
     for c in tl.static_range(C):
-        if SWAP:
-            x = tl.dot(k_latent[c], tl.trans(q_latent[c]))
-        else:
-            x = tl.dot(q_latent[c], tl.trans(k_latent[c]))
+        x = score(q_latent[c], k_latent[c], SWAP)
         if FP8:
             s += x * by_row(k_scale[c] * factor, not SWAP)
         else:
             s += x * factor
     return s
+
+
+@triton.jit
+def score(q, k, SWAP: tl.constexpr):
+    """``q @ k.T``, or its transpose."""
+    if SWAP:
+        return tl.dot(k, tl.trans(q))
+    else:
+        return tl.dot(q, tl.trans(k))
 
 
 @triton.jit
@@ -229,15 +247,21 @@ def add(acc, p, fade, v, scale, slot, ok, go, C: tl.constexpr, FP8: tl.constexpr
     out = ()
     slot = tl.where(go, slot, slot + 1)  # `slot`: it would keep the pointers of `load_scales` in registers
     for c in tl.static_range(C):
-        w = p
-        if FP8:
-            x = load_scale(scale, slot, ok, c)
-            w = p * by_row(tl.where(x == x, x, 0.0), not SWAP)  # NaN is in p where a row sees the key
-        if SWAP:
-            out = out + (add_swapped(acc[c], w, fade, v[c]),)
-        else:
-            out = out + (add_one(acc[c], w, fade, v[c], go, EARLY, HOLD),)
+        out = out + (add_part(acc[c], p, fade, v[c], scale, slot, ok, go, c, FP8, SWAP, EARLY, HOLD),)
     return out
+
+
+@triton.jit
+def add_part(acc, p, fade, v, scale, slot, ok, go, c: tl.constexpr, FP8: tl.constexpr, SWAP: tl.constexpr, EARLY: tl.constexpr,
+             HOLD: tl.constexpr):
+    """Operand ``c`` of ``add``."""
+    if FP8:
+        x = load_scale(scale, slot, ok, c)
+        p *= by_row(tl.where(x == x, x, 0.0), not SWAP)  # NaN is in p where a row sees the key
+    if SWAP:
+        return add_swapped(acc, p, fade, v)
+    else:
+        return add_one(acc, p, fade, v, go, EARLY, HOLD)
 
 
 @triton.jit
@@ -266,8 +290,11 @@ def add_swapped(acc, w, fade, v):
 
 @triton.jit
 def block(acc, top, total, q_latent, q_rope, k, k_rope, k_scale, scale, slot, ok, factor, go, C: tl.constexpr,
-          FP8: tl.constexpr, SWAP: tl.constexpr, EARLY: tl.constexpr, HOLD: tl.constexpr):
+          FP8: tl.constexpr, NATIVE: tl.constexpr, SWAP: tl.constexpr, EARLY: tl.constexpr, HOLD: tl.constexpr,
+          ASM: tl.constexpr):
     """A block of keys that every row sees, where there are keys. ``go`` is true."""
+    if SWAP:
+        k = wide(k, C, FP8, NATIVE, ASM)
     if EARLY:
         p, fade = tl.zeros((k_rope.shape[0], top.shape[0]) if SWAP else (top.shape[0], k_rope.shape[1]), tl.float32), total
         if go:  # as in `add_one`
@@ -277,6 +304,48 @@ def block(acc, top, total, q_latent, q_rope, k, k_rope, k_scale, scale, slot, ok
         s = scores(q_latent, q_rope, k, k_rope, k_scale, factor, C, FP8, SWAP)
         p, fade, top, total = weigh(tl.where(by_row(ok, not SWAP), s, float("-inf")), top, total, SWAP)
     return add(acc, p, fade, k, scale, slot, ok, go, C, FP8, SWAP, EARLY, HOLD), top, total
+
+
+@triton.jit
+def small_edge(acc, top, total, q_latent, q_rope, latent, rope, scale, slot, ok, n, limit, factor, go, C: tl.constexpr,
+               W: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr, SWAP: tl.constexpr, EARLY: tl.constexpr,
+               HOLD: tl.constexpr, ASM: tl.constexpr):
+    """A block of keys that not every row sees, held in registers. ``go`` is true."""
+    k = wide(load_latent(latent, slot, ok, C, W, FP8, NATIVE), C, FP8, NATIVE, ASM)
+    k_rope = load_rope(rope, slot, ok, FP8, SWAP)
+    k_scale = load_scales(scale, slot, ok, C, FP8)
+    s = scores(q_latent, q_rope, k, k_rope, k_scale, factor, C, FP8, SWAP)
+    seen = by_row(n + tl.arange(0, ok.shape[0]), not SWAP) < by_row(limit, SWAP)
+    p, fade, top, total = weigh(tl.where(seen, s, float("-inf")), top, total, SWAP)
+    v = ()  # 0 * NaN of a key that a row does not see; those that see it have NaN in s
+    for c in tl.static_range(C):
+        v = v + (tl.where(k[c] == k[c], k[c], 0.0),)
+    return add(acc, p, fade, v, scale, slot, ok, go, C, FP8, SWAP, EARLY, HOLD), top, total
+
+
+@triton.jit
+def large_edge(acc, top, total, q_latent, q_rope, latent, rope, scale, slot, ok, n, limit, factor, go, C: tl.constexpr,
+               W: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr, SWAP: tl.constexpr, EARLY: tl.constexpr,
+               HOLD: tl.constexpr, ASM: tl.constexpr):
+    """``small_edge`` for more keys than registers hold: they come part by part, and once more for the sums."""
+    if SWAP:
+        s = tl.dot(load_rope(rope, slot, ok, FP8, SWAP), tl.trans(q_rope)) * factor
+    else:
+        s = tl.dot(q_rope, load_rope(rope, slot, ok, FP8, SWAP)) * factor
+    for c in tl.static_range(C):
+        k = load_part(latent, slot, ok, c, W, FP8, NATIVE)
+        x = score(q_latent[c], widen(k, NATIVE, ASM) if FP8 else k, SWAP)
+        s += x * (by_row(load_scale(scale, slot, ok, c) * factor, not SWAP) if FP8 else factor)
+    seen = by_row(n + tl.arange(0, ok.shape[0]), not SWAP) < by_row(limit, SWAP)
+    p, fade, top, total = weigh(tl.where(seen, s, float("-inf")), top, total, SWAP)
+    out = ()
+    slot = tl.where(go, slot, slot + 1)  # `slot`: the compiler would keep the keys
+    for c in tl.static_range(C):
+        v = load_part(latent, slot, ok, c, W, FP8, NATIVE)
+        v = widen(v, NATIVE, ASM) if FP8 else v
+        v = tl.where(v == v, v, 0.0)  # 0 * NaN of a key that a row does not see; those that see it have NaN in s
+        out = out + (add_part(acc[c], p, fade, v, scale, slot, ok, go, c, FP8, SWAP, EARLY, HOLD),)
+    return out, top, total
 
 
 @triton.jit
@@ -323,10 +392,13 @@ def leave(acc, top, total, out, stat, C: tl.constexpr, W: tl.constexpr):
 def kernel(q, latent, rope, scale, places, lens, sink, out, lse, part_out, part_stat, span, b, n_q, h, spread, width, pages,
            uniform, parts, factor, PAGE: tl.constexpr, SPARSE: tl.constexpr, CAUSAL: tl.constexpr, MIXED: tl.constexpr,
            FP8: tl.constexpr, NATIVE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr,
-           GAP: tl.constexpr, LEAST: tl.constexpr, SWAP: tl.constexpr, EARLY: tl.constexpr,
+           BT: tl.constexpr, AGAIN: tl.constexpr, GAP: tl.constexpr, LEAST: tl.constexpr, SWAP: tl.constexpr, EARLY: tl.constexpr,
            HOLD: tl.constexpr, ASM: tl.constexpr):
     """One part of the schedule for one tile of rows. MIXED: the rows of a tile may see different keys."""
     W: tl.constexpr = 512 // C
+    # Keys of a block that lie in a row are a RUN. Two loops over runs would spill where they pass through registers.
+    RUN: tl.constexpr = PAGE % BN == 0 and not (MIXED and SWAP and FP8)
+    EDGE_RUN: tl.constexpr = PAGE % BT == 0 and not (MIXED and SWAP and FP8)
     count = n_q * h  # rows of an item
     tiles = tl.cdiv(count, BM)
     part, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
@@ -353,7 +425,6 @@ def kernel(q, latent, rope, scale, places, lens, sink, out, lse, part_out, part_
             stop = tl.minimum(stop, length - n_q + tl.minimum(here * BM + BM - 1, count - 1) // h + 1)
         whole = stop
         if MIXED:
-            limit = length - n_q + row // h + 1
             whole = tl.maximum(tl.minimum(stop, length - n_q + here * BM // h + 1) // BN, from_) * BN
 
         q_at = (q + (item * count + row) * 576)[:, None]
@@ -368,45 +439,44 @@ def kernel(q, latent, rope, scale, places, lens, sink, out, lse, part_out, part_
         top = tl.full((BM,), float("-inf"), tl.float32)
         total = tl.zeros((BM,), tl.float32)
 
-        slot, bad = lookup(places, item, from_ * BN, stop, width, pages, PAGE, BN, SPARSE)
+        slot, bad = lookup(places, item, from_ * BN, stop, width, pages, PAGE, BN, SPARSE, RUN)
         for n in tl.range(from_ * BN, whole, BN, num_stages=STAGES, disable_licm=True):
             # The next block's slots come while this one is at work.
-            next_slot, next_bad = lookup(places, item, n + BN, stop, width, pages, PAGE, BN, SPARSE)
+            next_slot, next_bad = lookup(places, item, n + BN, stop, width, pages, PAGE, BN, SPARSE, RUN)
             ok = there(slot, n, stop, BN)
-            k = load_latent(latent, slot, ok, C, W, FP8, NATIVE, ASM)
+            k = load_latent(latent, slot, ok, C, W, FP8, NATIVE)
+            if not SWAP:  # swapped products leave registers for codes alone
+                k = wide(k, C, FP8, NATIVE, ASM)
             k_rope = load_rope(rope, slot, ok, FP8, SWAP)
             k_scale = load_scales(scale, slot, ok, C, FP8)
             if EARLY:
                 if n < whole:  # always; what depends on the block comes after the loads of the next one
                     acc, top, total = block(acc, top, total, q_latent, q_rope, k, k_rope, k_scale, scale, slot, ok, factor,
-                                            n <= whole, C, FP8, SWAP, EARLY, HOLD)
+                                            n <= whole, C, FP8, NATIVE, SWAP, EARLY, HOLD, ASM)
             else:
                 acc, top, total = block(acc, top, total, q_latent, q_rope, k, k_rope, k_scale, scale, slot, ok, factor, True, C,
-                                        FP8, SWAP, EARLY, HOLD)
+                                        FP8, NATIVE, SWAP, EARLY, HOLD, ASM)
             slot, bad = next_slot, bad | next_bad
         if MIXED:  # in small blocks, as they pass through registers
-            BT: tl.constexpr = 16 if BM >= 64 else BN
             for n in tl.range(whole, stop, BT, num_stages=1, disable_licm=True):
-                few, next_bad = lookup(places, item, n, stop, width, pages, PAGE, BT, SPARSE)
+                few, next_bad = lookup(places, item, n, stop, width, pages, PAGE, BT, SPARSE, EDGE_RUN)
                 has = there(few, n, stop, BT)
-                wrong = tl.maximum(wrong, tl.max(next_bad, axis=0) if PAGE % BT != 0 else next_bad)
-                k = load_latent(latent, few, has, C, W, FP8, NATIVE, ASM)
-                k_rope = load_rope(rope, few, has, FP8, SWAP)
-                k_scale = load_scales(scale, few, has, C, FP8)
-                s = scores(q_latent, q_rope, k, k_rope, k_scale, factor, C, FP8, SWAP)
-                seen = by_row(n + tl.arange(0, BT), not SWAP) < by_row(limit, SWAP)
-                p, fade, top, total = weigh(tl.where(seen, s, float("-inf")), top, total, SWAP)
-                v = ()  # 0 * NaN of a key that a row does not see; those that see it have NaN in s
-                for c in tl.static_range(C):
-                    v = v + (tl.where(k[c] == k[c], k[c], 0.0),)
-                acc = add(acc, p, fade, v, scale, few, has, n <= stop, C, FP8, SWAP, EARLY, HOLD)
+                wrong = tl.maximum(wrong, next_bad if EDGE_RUN else tl.max(next_bad, axis=0))
+                row = tl.where(n <= stop, here, here + 1) * BM + tl.arange(0, BM)  # `here`, as above
+                limit = length - n_q + row // h + 1
+                if AGAIN:
+                    acc, top, total = large_edge(acc, top, total, q_latent, q_rope, latent, rope, scale, few, has, n, limit,
+                                                 factor, n <= stop, C, W, FP8, NATIVE, SWAP, EARLY, HOLD, ASM)
+                else:
+                    acc, top, total = small_edge(acc, top, total, q_latent, q_rope, latent, rope, scale, few, has, n, limit,
+                                                 factor, n <= stop, C, W, FP8, NATIVE, SWAP, EARLY, HOLD, ASM)
         if SWAP:
             summed = ()
             for c in tl.static_range(C):
                 summed = summed + (tl.trans(tl.sum(tl.reshape(acc[c], (W, BM, 2)), axis=2)),)
             acc = summed
         if not SPARSE:
-            wrong = tl.maximum(wrong, tl.max(bad, axis=0) if PAGE % BN != 0 else bad)
+            wrong = tl.maximum(wrong, bad if RUN else tl.max(bad, axis=0))
             total = tl.where(wrong != 0, float("nan"), total)
 
         row = tl.where(start > 0, tile, tile + 1) * BM + tl.arange(0, BM)
@@ -464,7 +534,8 @@ def merge_kernel(part_out, part_stat, span, sink, out, lse, n_q, h, spread, tile
 
 def tile(rows, fp8, scattered, alike, chip):
     """Rows, keys, operands of the latent, warps, stages, SWAP, EARLY, and programs of the chip at a time. Unmeasured.
-    ``scattered``: the keys of a block do not lie in a row; ``alike``: the rows of a tile of 32 see the same keys.
+    ``scattered``: the keys of a block do not lie in a row; ``alike``: so many rows see the same keys, then so many others;
+    0: all do.
 
     The sums take rows x 512 f32 registers: 32768 for 64 rows, 128 a thread of 8 warps. sm90, per 64 keys and clock counts
     of its tensor cores (4096 FLOP) and shared memory (128 bytes): 64 rows 1725 for the scores, whose operands both lie in
@@ -474,17 +545,21 @@ def tile(rows, fp8, scattered, alike, chip):
     rows read 73728 bytes a block through L2, 50 a clock and SM at the peak; smaller ones more for the same work.
 
     So 33 to 63 rows cost what 64 do and wait for memory all the same in bf16: 3455 clocks against 4140. With 656-byte tokens
-    they cost 4455 against 2360, but wgmma has no fewer rows, and three swapped tiles of 16 cost 7200. Rows just over a multiple
-    of 64 (all queries of a sequence count together) pay for one more tile: 80 cost 6910, in five swapped tiles of 16 7000.
+    they cost 4455 against 2360, but wgmma has no fewer rows, and three swapped tiles of 16 cost 7200. Where the rows of a tile
+    see different keys, the last blocks take registers that only swapped tiles of 16 rows leave, but for those of 64 rows over
+    pages of bf16. Rows just over a multiple of 64 (all queries of a sequence count together) pay for one more tile: 80 cost
+    6910, in five swapped tiles of 16 7000.
 
     Elsewhere 16 rows read 1152 bytes a key for 30 FLOPs a byte: at full speed 68 bytes a clock and unit on an MI300X, whose L2
     gives 54, or about 36 on an RTX PRO 6000, whose memory gives 4. Tiles of 32 rows read half, with fewer instructions in sum;
     they are for rows that are ``alike``, as the others' last keys take registers that they do not leave.
     """
     c = 4 if fp8 else 1
+    if chip.family == "sm90" and alike % (32 if rows <= 32 else 64) and (fp8 or scattered or rows <= 32):
+        return 16, 64, 4, 8, 3 if fp8 and alike % 16 else 2, True, True, chip.units
     if chip.family in ("sm90", "sm100", "sm103"):
         if rows <= (32 if fp8 else 16):
-            return 16, 64, c, 8, 2, True, True, chip.units
+            return 16, 64, c, 8, 3 if fp8 and scattered and chip.family == "sm90" else 2, True, True, chip.units
         if rows <= 32 and chip.family == "sm90":
             return 32, 64, c, 8, 2, True, True, chip.units
         tight = fp8 and scattered if chip.family == "sm90" else fp8 or scattered  # of registers
@@ -492,13 +567,14 @@ def tile(rows, fp8, scattered, alike, chip):
     if chip.family == "sm80" and rows > 16:  # in registers: 64 of sums, the operands as they come
         return 32, 32, c, 8, 3, False, False, chip.units
     if chip.family == "sm80":
-        return 16, 64, c, 8, 2, False, True, chip.units
-    if chip.amd and rows > 16 and alike:
+        return 16, 64, 4 if fp8 else 2, 8, 2, False, True, chip.units
+    if chip.amd and rows > 16 and alike % 32 == 0:
         return 32, 16, 4 if fp8 else 2 if scattered else 1, 4, 1 if fp8 or scattered else 2, False, fp8, chip.units
     if chip.amd:
         warps = 8 if scattered and not fp8 else 4  # 4 would spill scalar registers
+        c = 4 if fp8 else 2 if scattered else 1
         return 16, 16 if scattered else 32, c, warps, 1 if fp8 or scattered else 2, False, False, chip.units
-    if rows > 16 and alike:
+    if rows > 16 and alike % 32 == 0:
         return 32, 64 if fp8 else 32, 4 if fp8 else 2, 8, 2, False, fp8, chip.units
     return 16, 64 if fp8 else 32, c, 8, 2 if fp8 else 3, False, True, chip.units
 
@@ -544,8 +620,9 @@ def launch(q, kv_cache, places, lens, sink, out, lse, workspace, factor, causal,
         latent = kv_cache.view(torch.float8_e4m3fn) if chip.e4m3 else kv_cache
     run(kernel, (n * tiles,), q, latent, rope, scale, places, lens, sink, out, lse, part_out, part_stat, span, items, queries,
         h, spread, width, p, most, n, factor * LOG2E, PAGE=page, SPARSE=sparse, CAUSAL=causal,
-        MIXED=causal and queries > 1 and h % bm > 0, FP8=fp8, NATIVE=chip.e4m3, BM=bm, BN=bn, C=c, STAGES=stages, GAP=GAP,
-        LEAST=max(128 // bn, 1), SWAP=swap, EARLY=early, HOLD=compiled and chip.family == "sm90" and bm >= 64,
+        MIXED=causal and queries > 1 and h % bm > 0, FP8=fp8, NATIVE=chip.e4m3, BM=bm, BN=bn, C=c, STAGES=stages,
+        BT=16 if bm >= 64 else bn, AGAIN=bm < 64, GAP=GAP, LEAST=max(128 // bn, 1), SWAP=swap, EARLY=early,
+        HOLD=compiled and chip.family == "sm90" and bm >= 64,
         ASM=compiled and fp8 and chip.family in ("sm90", "sm100", "sm103"), num_warps=warps)
     if n > 1:
         each = max(1, items * rows // (chip.units * 8))

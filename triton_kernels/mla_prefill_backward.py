@@ -17,10 +17,12 @@ def tile(dims, chip):
     Unmeasured. dk and dv are 320 f32 a key: 160 registers a thread for 64 keys in 4 warps, hence steps of 32 queries,
     and of 16 at the edge, where addresses take more. Where operands fill registers too, dk and dv are two programs.
     """
+    known = dims["t"] > 0 and dims["t"] % 16 == dims["s"] % 16 == 0  # otherwise addresses take more
     if chip.family in LARGE:  # dq: 160 KiB; dk, dv: 80 KiB, two programs a multiprocessor
-        return (128, 64, 64, 8, 2), (32, 64, 16, 4, 2, True)
+        return (128, 64, 64, 8, 2), (32, 64, 16, 4 if known else 8, 2, True)
     if chip.amd:
-        return (64, 32, 32, 4, 2), (32, 128, 16 if chip.family == "gfx950" else 32, 4, 1, True)
+        alone = chip.family == "gfx942" and known
+        return (64, 32, 32, 4, 2), (32, 128, 32 if alone else 16, 4, 1, alone or chip.family == "gfx950")
     if chip.family == "sm120":
         return (64, 16, 16, 4, 2), (16, 128, 16, 8, 2, False)
     return (64, 16, 16, 4, 2), (16, 64, 16, 4, 3, False)

@@ -28,6 +28,7 @@ def _judge(got, want, inputs):
         Case(t=0, e=3, n=16, k=24),  # empty: zeros
         Case(t=5, e=0, n=4, k=8),  # no expert
         Case(t=300, e=3, n=72, k=136),  # crosses tiles of small groups, steps and scale blocks
+        Case(t=300, e=3, n=144, k=272),  # large tiles, cut
         Case(t=700, e=4, n=133, k=261),  # crosses every row, column and depth tile; groups straddle scale blocks
     ],
     sample=lambda rng, t, e, active=None: {"offsets": draw_offsets(rng, t, e, active)},
