@@ -16,10 +16,10 @@ def tile(dims, chip):
 
     Few rows: small tiles, several to a multiprocessor, so that one's loads run beside another's stores. Many: as large as
     the registers hold the sums and a step's products. Where 16 does not divide rows, elements come one by one, with an
-    address each: small tiles for many threads.
+    address each: small tiles.
     """
     if dims["n"] % 16 or dims["k"] % 16:
-        return 16 if chip.amd else 32, 64, 64, 8, 2
+        return (16, 64, 64, 8, 2) if chip.amd else (32, 64, 64, 4, 2)
     if dims["t"] <= 48 * dims["e"]:
         return 32, 64, 64, 4, 2
     if chip.family in ("sm90", "sm100", "sm103"):
