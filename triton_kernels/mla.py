@@ -532,10 +532,10 @@ def merge_kernel(part_out, part_stat, span, sink, out, lse, n_q, h, spread, tile
 # ---------------------------------------------------------------- launch
 
 
-def tile(rows, fp8, scattered, alike, chip):
+def tile(rows, fp8, page, alike, chip):
     """Rows, keys, operands of the latent, warps, stages, SWAP, EARLY, and programs of the chip at a time. Unmeasured.
-    ``scattered``: the keys of a block do not lie in a row; ``alike``: so many rows see the same keys, then so many others;
-    0: all do.
+    ``page``: keys that lie in a row, 0 for a list of keys; ``alike``: so many rows see the same keys, then so many others; 0:
+    all do.
 
     The sums take rows x 512 f32 registers: 32768 for 64 rows, 128 a thread of 8 warps. sm90, per 64 keys and clock counts
     of its tensor cores (4096 FLOP) and shared memory (128 bytes): 64 rows 1725 for the scores, whose operands both lie in
@@ -554,12 +554,12 @@ def tile(rows, fp8, scattered, alike, chip):
     gives 54, or about 36 on an RTX PRO 6000, whose memory gives 4. Tiles of 32 rows read half, with fewer instructions in sum;
     they are for rows that are ``alike``, as the others' last keys take registers that they do not leave.
     """
-    c = 4 if fp8 else 1
+    c, scattered = 4 if fp8 else 1, page % 64 > 0 or page == 0
     if chip.family == "sm90" and alike % (32 if rows <= 32 else 64) and (fp8 or scattered or rows <= 32):
         return 16, 64, 4, 8, 3 if fp8 and alike % 16 else 2, True, True, chip.units
     if chip.family in ("sm90", "sm100", "sm103"):
         if rows <= (32 if fp8 else 16):
-            return 16, 64, c, 8, 3 if fp8 and scattered and chip.family == "sm90" else 2, True, True, chip.units
+            return 16, 64, c, 8, 3 if fp8 and page == 0 and chip.family == "sm90" else 2, True, True, chip.units
         if rows <= 32 and chip.family == "sm90":
             return 32, 64, c, 8, 2, True, True, chip.units
         tight = fp8 and scattered if chip.family == "sm90" else fp8 or scattered  # of registers
@@ -572,8 +572,9 @@ def tile(rows, fp8, scattered, alike, chip):
         return 32, 16, 4 if fp8 else 2 if scattered else 1, 4, 1 if fp8 or scattered else 2, False, fp8, chip.units
     if chip.amd:
         warps = 8 if scattered and not fp8 else 4  # 4 would spill scalar registers
-        c = 4 if fp8 else 2 if scattered else 1
-        return 16, 16 if scattered else 32, c, warps, 1 if fp8 or scattered else 2, False, False, chip.units
+        c, swap = 4 if fp8 else 2 if scattered else 1, fp8 and scattered and alike % 16 > 0  # others would spill
+        bn = 16 if scattered or (chip.family == "gfx942" and not fp8 and alike % 16) else 32
+        return 16, bn, c, warps, 1 if fp8 or scattered else 2, swap, False, chip.units
     if rows > 16 and alike % 32 == 0:
         return 32, 64 if fp8 else 32, 4 if fp8 else 2, 8, 2, False, fp8, chip.units
     return 16, 64 if fp8 else 32, c, 8, 2 if fp8 else 3, False, True, chip.units

@@ -7,7 +7,7 @@ from kernomics.triton_kernels.common import chip_of
 
 def tile(dims, chip):
     """See ``mla.tile``."""
-    return mla.tile(dims["q"] * dims["h"], dims["fp8"], dims["page"] % 64 > 0, dims["h"] if dims["q"] > 1 else 0, chip)
+    return mla.tile(dims["q"] * dims["h"], dims["fp8"], dims["page"], dims["h"] if dims["q"] > 1 else 0, chip)
 
 
 def workspace(dims, chip):

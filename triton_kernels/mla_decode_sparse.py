@@ -7,7 +7,7 @@ from kernomics.triton_kernels.common import chip_of
 
 def tile(dims, chip):
     """See ``mla.tile``."""
-    return mla.tile(dims["h"], dims["fp8"], True, 0, chip)
+    return mla.tile(dims["h"], dims["fp8"], 0, 0, chip)
 
 
 def workspace(dims, chip):

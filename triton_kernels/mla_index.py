@@ -22,7 +22,7 @@ def tile(dims, chip):
     step = min((128 if large else 64) // heads, triton.next_power_of_2(t)) if t else 1
     programs = 2 * chip.units // (triton.cdiv(s, 128) or 1) or 1
     chunk = min(64, triton.next_power_of_2(triton.cdiv(t, programs)))
-    return 128, heads, step, max(step, chunk), 4 if large else 8, 3
+    return 128, heads, step, max(step, chunk), 4 if large else 8, 3 if large or h <= heads else 2
 
 
 @triton.jit

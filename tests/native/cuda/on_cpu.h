@@ -185,13 +185,14 @@ inline void run_blocks() {
             order.push_back(&f);
         }
     size_t alive = order.size();
-    int held = -1;  // this warp of each block stands still while any other can go on
+    int held = -1;  // this warp of each block, or of block `where`, stands still while any other can go on
+    unsigned where = 0;
     while (alive) {
         bool moved = false;
         if (schedule().seed) std::shuffle(order.begin(), order.end(), m.random);
         for (Fiber* f : order) {
             if (f->done) continue;
-            if (f->index / 32 == held) continue;
+            if (f->index / 32 == held && (where >= m.blocks.size() || f->block == m.blocks[where].get())) continue;
             m.now = f;
             if (f->ready && !f->ready(f->asks)) continue;
             f->ready = nullptr;
@@ -216,7 +217,10 @@ inline void run_blocks() {
             held = -1;
             continue;
         }
-        if (schedule().seed && held < 0) held = int(m.random() % uint64_t(m.block.x / 32 * 2));
+        if (schedule().seed && held < 0 && m.random() % 2 == 0) {
+            held = int(m.random() % (m.block.x / 32));
+            where = unsigned(m.random() % (2 * m.blocks.size()));
+        }
         if (alive && !moved) {
             std::map<std::string, int> waits;
             for (Fiber* f : order)
