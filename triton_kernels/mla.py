@@ -546,16 +546,18 @@ def tile(rows, fp8, page, alike, chip):
 
     So 33 to 63 rows cost what 64 do and wait for memory all the same in bf16: 3455 clocks against 4140. With 656-byte tokens
     they cost 4455 against 2360, but wgmma has no fewer rows, and three swapped tiles of 16 cost 7200. Where the rows of a tile
-    see different keys, the last blocks take registers that only swapped tiles of 16 rows leave, but for those of 64 rows over
-    pages of bf16. Rows just over a multiple of 64 (all queries of a sequence count together) pay for one more tile: 80 cost
-    6910, in five swapped tiles of 16 7000.
+    see different keys, the last blocks take registers that tiles of 64 rows over pages of bf16 leave, and swapped ones of 16.
+    Rows just over a multiple of 64 (all queries of a sequence count together) pay for one more tile: 80 cost 6910, in five
+    swapped tiles of 16 7000.
 
     Elsewhere 16 rows read 1152 bytes a key for 30 FLOPs a byte: at full speed 68 bytes a clock and unit on an MI300X, whose L2
     gives 54, or about 36 on an RTX PRO 6000, whose memory gives 4. Tiles of 32 rows read half, with fewer instructions in sum;
     they are for rows that are ``alike``, as the others' last keys take registers that they do not leave.
     """
     c, scattered = 4 if fp8 else 1, page % 64 > 0 or page == 0
-    if chip.family == "sm90" and alike % (32 if rows <= 32 else 64) and (fp8 or scattered or rows <= 32):
+    if chip.family == "sm90" and alike % (32 if rows <= 32 else 64):
+        if rows > 16 and not fp8 and not scattered:
+            return 64, 64, 1, 8, 2, False, True, chip.units
         return 16, 64, 4, 8, 3 if fp8 and alike % 16 else 2, True, True, chip.units
     if chip.family in ("sm90", "sm100", "sm103"):
         if rows <= (32 if fp8 else 16):
