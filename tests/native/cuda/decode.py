@@ -49,20 +49,20 @@ def test_lengths_beyond_the_table():
 
 def test_long_sequences():
     """Sequences over many parts, several tiles of rows, alone and two a cluster, pages of every kind, both caches."""
-    for kind, (page, b, q, h, lens) in itertools.product(("bf16", "u8"), [
+    few = [(64, 3, 2, 16, (900, 0, 63)), (16, 2, 3, 8, (2, 700)), (64, 40, 1, 8, tuple(range(40, 80))), (32, 1, 1, 32, (1300,))]
+    for kind, (page, b, q, h, lens) in (*itertools.product(("bf16", "u8"), [
             (1, 2, 1, 16, (1500, 700)), (48, 1, 2, 70, (900,)), (64, 3, 1, 64, (400, 0, 1200)), (64, 2, 1, 128, (700, 129)),
-            (128, 1, 4, 40, (330,)), (64, 2, 4, 64, (0, 259)), (64, 3, 2, 16, (1500, 0, 63)), (16, 2, 3, 8, (2, 700)),
-            (64, 40, 1, 8, tuple(range(40, 80))), (32, 1, 1, 32, (2100,)), (128, 1, 2, 8, (390,))]):
+            (128, 1, 4, 40, (330,)), (64, 2, 4, 64, (0, 259))]), *(("u8", shape) for shape in few)):
         pages = sum(-(-n // page) for n in lens) + 2
         case = Case(b=b, q=q, h=h, lens=lens, page=page, p=pages, n=-(-max(lens) // page), softmax_scale=0.05, kv_cache=kind,
                     sink="f32")
         inputs, scalars = numpy_ops.sample(OP, case)
         want = defined(OP, inputs, scalars)
         got = set()
-        for schedule in ((24, 0, 1.0), (24, 1, 0.0), (5, 2, 0.5)):
+        for schedule in ((12, 0, 1.0), (12, 1, 0.0), (5, 2, 0.5)):
             outs = start(OP, inputs, scalars, schedule)
             judge(OP, outs, want, inputs, scalars, f"{case.id} with {schedule}")
-            if schedule[0] == 24:
+            if schedule[0] == 12:
                 got.add(bits(outs))
         assert len(got) == 1, "other bits with another schedule"
 
@@ -93,7 +93,7 @@ def test_orders():
         case = Case(b=1, q=1, h=h, lens=(1400,), page=page, p=50, n=44, softmax_scale=0.05, kv_cache=kind)
         inputs, scalars = numpy_ops.sample(OP, case)
         judge(OP, good := start(OP, inputs, scalars, (12, 0, 1.0)), defined(OP, inputs, scalars), inputs, scalars, case.id)
-        assert all(bits(start(OP, inputs, scalars, (12, seed, 0.0))) == bits(good) for seed in range(1, 9))
+        assert all(bits(start(OP, inputs, scalars, (12, seed, 0.0))) == bits(good) for seed in range(1, 6))
 
 
 def test_workspace_serves_again():
