@@ -93,7 +93,7 @@ def test_orders():
         case = Case(b=1, q=1, h=h, lens=(1400,), page=page, p=50, n=44, softmax_scale=0.05, kv_cache=kind)
         inputs, scalars = numpy_ops.sample(OP, case)
         judge(OP, good := start(OP, inputs, scalars, (12, 0, 1.0)), defined(OP, inputs, scalars), inputs, scalars, case.id)
-        assert all(bits(start(OP, inputs, scalars, (12, seed, 0.0))) == bits(good) for seed in range(1, 6))
+        assert all(bits(start(OP, inputs, scalars, (12, seed, 0.0))) == bits(good) for seed in range(1, 4))
 
 
 def test_workspace_serves_again():
