@@ -546,7 +546,8 @@ def tile(rows, fp8, page, alike, chip):
 
     So 33 to 63 rows cost what 64 do and wait for memory all the same in bf16: 3455 clocks against 4140. With 656-byte tokens
     they cost 4455 against 2360, but wgmma has no fewer rows, and three swapped tiles of 16 cost 7200. Where the rows of a tile
-    see different keys, the last blocks take registers that tiles of 64 rows over pages of bf16 leave, and swapped ones of 16.
+    see different keys, the last blocks take registers. Swapped tiles of 16 rows leave them, and those of 64 over pages: with
+    656-byte tokens at the price of the next block's loads, about 6200 in all.
     Rows just over a multiple of 64 (all queries of a sequence count together) pay for one more tile: 80 cost 6910, in five
     swapped tiles of 16 7000.
 
@@ -558,6 +559,8 @@ def tile(rows, fp8, page, alike, chip):
     if chip.family == "sm90" and alike % (32 if rows <= 32 else 64):
         if rows > 16 and not fp8 and not scattered:
             return 64, 64, 1, 8, 2, False, True, chip.units
+        if rows > 32 and fp8 and page % 32 == 0 < page:
+            return 64, 32, 4, 8, 1, False, True, chip.units
         return 16, 64, 4, 8, 3 if fp8 and alike % 16 else 2, True, True, chip.units
     if chip.family in ("sm90", "sm100", "sm103"):
         if rows <= (32 if fp8 else 16):
@@ -624,7 +627,7 @@ def launch(q, kv_cache, places, lens, sink, out, lse, workspace, factor, causal,
     run(kernel, (n * tiles,), q, latent, rope, scale, places, lens, sink, out, lse, part_out, part_stat, span, items, queries,
         h, spread, width, p, most, n, factor * LOG2E, PAGE=page, SPARSE=sparse, CAUSAL=causal,
         MIXED=causal and queries > 1 and h % bm > 0, FP8=fp8, NATIVE=chip.e4m3, BM=bm, BN=bn, C=c, STAGES=stages,
-        BT=16 if bm >= 64 else bn, AGAIN=bm < 64, GAP=GAP, LEAST=max(128 // bn, 1), SWAP=swap, EARLY=early,
+        BT=16 if bm >= 64 else bn, AGAIN=bm < 64 or stages == 1, GAP=GAP, LEAST=max(128 // bn, 1), SWAP=swap, EARLY=early,
         HOLD=compiled and chip.family == "sm90" and bm >= 64,
         ASM=compiled and fp8 and chip.family in ("sm90", "sm100", "sm103"), num_warps=warps)
     if n > 1:

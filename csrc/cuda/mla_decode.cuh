@@ -113,6 +113,26 @@ struct MlaCut {
     }
     __device__ bool shared() const { return last > first; }
 };
+
+// What a block keeps of its walk; one thread steps, the others read segments and cuts.
+struct MlaSteps {
+    MlaWalk start, walk;    // of the part; and of the thread that steps
+    MlaSegment segment[2];  // this and the next one; sequence -1: no more
+    MlaCut cuts[2];
+
+    __device__ void step(const MlaLine& line, int turn) {
+        if (!walk.next(line, segment[turn & 1])) segment[turn & 1].seq = -1;
+    }
+    // By a whole warp: to the start of the part and its first segment.
+    __device__ void begin(const MlaLine& line, int parts, int part, int lane) {
+        const MlaWalk found = mla_start(line, parts, part, lane);
+        if (lane) return;
+        start = walk = found;
+        step(line, 0);
+        cuts[0] = cuts[1] = {};
+    }
+};
+
 __device__ __forceinline__ void mla_note(MlaCut (&cuts)[2], const MlaSegment& s) {
     if (!s.whole()) cuts[s.begins] = {s.seq, s.group, s.at, s.over, 0, 0};
 }

@@ -29,19 +29,12 @@ template <int N> struct Few {  // bytes of shared memory; N query rows
     static constexpr int INSIDE = 8192 / PANEL < 4 ? 8192 / PANEL : 4;  // panels of weights that take a tile's rotated part
     static constexpr int OUTSIDE = (4 - INSIDE) * PANEL;                // of each of two tiles
 
-    struct State {
+    struct State : MlaSteps {
         uint64_t full[STEPS], empty[STEPS];
         int odd[STEPS];  // the tile's page is none
         float most[8][N], sums[8][N];  // of each warp
         uint32_t exponents[8][4];      // of each warp's scales of 128 columns: the largest, above it 255 less the smallest
         float factor[N];               // of a row's scores, to base 2
-        MlaWalk start, walk;
-        MlaSegment segment[2];  // this and the next one; sequence -1: no more
-        MlaCut cuts[2];
-
-        __device__ void step(const MlaLine& line, int turn) {
-            if (!walk.next(line, segment[turn & 1])) segment[turn & 1].seq = -1;
-        }
     };
     static constexpr int SHARED = 1024 + QUERIES + STEPS * SLOT + 2 * OUTSIDE + int(sizeof(State));
     static_assert(SHARED <= 227 << 10 && SLOT % 1024 == 0);
@@ -226,14 +219,7 @@ __global__ void __launch_bounds__(384, 1)
         }
         barrier_init_fence();
     }
-    if (warp == 0) {
-        const MlaWalk walk = mla_start(a.line, a.parts, part, lane);
-        if (lane == 0) {
-            m.start = m.walk = walk;
-            m.step(a.line, 0);
-            m.cuts[0] = m.cuts[1] = {};
-        }
-    }
+    if (warp == 0) m.begin(a.line, a.parts, part, lane);
     __syncthreads();
     if (warp < 4) {
         registers_less<72>();

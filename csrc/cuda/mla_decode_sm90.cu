@@ -75,21 +75,14 @@ struct MlaTiles {
     }
 };
 
-struct MlaShared {
+struct MlaShared : MlaSteps {  // the scores' first thread steps, as registers are short
     uint64_t full[2][THIRDS], empty[2][THIRDS], weights[2], queries;  // barriers of a slot's thirds, its weights, and the queries
     float rescale[2][MLA_ROWS], finish[2][MLA_ROWS];                  // factors of the outputs before a tile, and at the end
     float scales[2][4][MLA_KEYS];                                     // of 128 codes of a key
     int odd[2];               // the tile's page is none
     float odd_key[MLA_KEYS];  // NaN: of a key with a value that is none
     MlaNote note[2];
-    MlaWalk start, walk;    // of the part; and of the scores, whose first thread walks, as registers are short
-    MlaTiles tiles[4];      // of each warp that copies
-    MlaSegment segment[2];  // this and the next one of the scores; sequence -1: no more
-    MlaCut cuts[2];
-
-    __device__ void step(const MlaLine& line, int turn) {
-        if (!walk.next(line, segment[turn & 1])) segment[turn & 1].seq = -1;
-    }
+    MlaTiles tiles[4];        // of each warp that copies
 };
 static constexpr int MLA_SHARED = 1024 + 3 * TILE + int(sizeof(MlaShared));
 
@@ -282,13 +275,9 @@ __global__ void __launch_bounds__(512, 1)
         barrier_init_fence();
     }
     if (warp == 0) {
-        const MlaWalk walk = mla_start(a.line, a.parts, part, lane);
-        if (lane == 0) {
-            m.start = m.walk = walk;
-            m.step(a.line, 0);
-            m.cuts[0] = m.cuts[1] = {};
-        }
-        if (lane < 4) m.tiles[lane] = {walk, {}, 0, 0, {}};
+        m.begin(a.line, a.parts, part, lane);
+        __syncwarp();
+        if (lane < 4) m.tiles[lane] = {m.start, {}, 0, 0, {}};
     }
     __syncthreads();
     if (CLUSTER > 1) cluster_sync();  // a block's barriers are there before its neighbour arrives at them
