@@ -28,7 +28,7 @@ bench: build
 test: build lint native
 	$(BIN)/python -m pytest --cov=python/kernomics --cov-report=term:skip-covered
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton.py
-	for kind in asan tsan; do $(BIN)/ctest --test-dir build/$$kind -LE long --output-on-failure || exit 1; done
+	for kind in asan tsan; do $(BIN)/ctest --test-dir build/$$kind -j 2 -LE long --output-on-failure || exit 1; done
 
 # The definition's float64 arrays of 100s of MB are cheaper from a heap that is kept than from fresh pages. Triton's compiler,
 # one thread, runs beside.
@@ -36,7 +36,7 @@ test-long: build build/asan/.built
 	set -e; $(BIN)/python -m pytest --long -m long tests/test_triton_compile.py > build/compile.log 2>&1 & compile=$$!; \
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=30000000000 $(BIN)/python -m pytest --long -m long --ignore tests/test_triton_compile.py; \
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest --long -m long tests/test_triton.py; \
-	$(BIN)/ctest --test-dir build/asan -L long --output-on-failure; \
+	$(BIN)/ctest --test-dir build/asan -j 2 -L long --output-on-failure; \
 	wait $$compile && cat build/compile.log || { cat build/compile.log; exit 1; }
 
 # Without the network, and without a change to the Python that runs it.
