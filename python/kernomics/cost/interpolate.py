@@ -1,15 +1,17 @@
 """Seconds between measured points: monotone in every dim, exact where measured, utilisation held outside.
 
     log seconds(x) = multilinear in log x over a grid;  grid node = median(guess, floor, ceiling)
-    guess   = log(rates @ features(x)) + smooth residual, made monotone
+    guess   = log(rates @ features(x)) + smooth residual, made monotone, + log of the mean of measured over guessed seconds
     floor   = the largest measurement whose dims are all <= x;  ceiling = the smallest whose dims are all >= x
 
 The grid is the product of each dim's measured values, continued beyond them. Features are bytes, FLOPs and launches;
 their rates >= 0 are fitted to the measurements. The residual (utilisation) is the posterior mean of a Gaussian process
 whose covariance is a product of one kernel a dim, so that the grid's covariance is a Kronecker product; measurements
-far off their surroundings weigh little (Student t). All three of guess, floor and ceiling rise with x, so their median
-does; where measurements agree with a monotone surface, floor and ceiling meet in each of them. Where they contradict
-one another the guess decides, and only a measured point itself still returns its measurement.
+far off their surroundings weigh little (Student t). Steps add seconds, and the mean of scattered seconds lies above what
+the mean of their logs says: the guess's last term (Duan's smearing estimate; a ratio counts as ``STRAY`` at most) makes
+up for it. All three of guess, floor and ceiling rise with x, so their median does; where measurements agree with a
+monotone surface, floor and ceiling meet in each of them. Where they contradict one another the guess decides, and only
+a measured point itself still returns its measurement.
 """
 
 from bisect import bisect_right
@@ -27,6 +29,7 @@ NOISE = 0.01  # variance of a measurement's scatter over that of the utilisation
 LENGTH = 2.5  # e-foldings of a dim over which utilisation changes
 OWN = 0.1  # part of the utilisation that each value of a free dim has for itself (a kernel tuned for it alone)
 FREEDOM = 2  # degrees of freedom of the scatter
+STRAY = 2.0  # measured over guessed seconds from which on a measurement says no more of the mean: some are 100 times off
 TRUST = 1.0  # sigmas from the guess beyond which a measurement that contradicts others bounds nothing
 DRIFT = 0.15  # added relative error a doubling outside: about what a table cut in half errs on the rest
 FALLS = 0.03  # share of neighbours that fall by over a tenth, above which a tuned dim is free
@@ -117,6 +120,7 @@ class Surface:
         floor, ceiling = self._bounds(guess.shape, at, y, bounds)
         bounds = (floor[at] <= ceiling[at]) | (np.abs(error) <= TRUST * 1.4826 * np.median(np.abs(error)))
         floor, ceiling = self._bounds(guess.shape, at, y, bounds)
+        guess += log(np.mean(np.exp(np.minimum(error, log(STRAY)))))
         return np.clip(guess, np.minimum(floor, ceiling), np.maximum(floor, ceiling))
 
     def _bounds(self, shape, at, y, rows):
