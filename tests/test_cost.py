@@ -255,14 +255,15 @@ def test_price_prints_tables_that_fit(records):
 
 def test_price_as_json(records):
     dollars = ("--dollars-per-hour", "this=0.1", "--dollars-per-hour", "h200=2.5")
-    result = run("--records", records, "--json", "--phase", "decode", *dollars)
+    chips = ("--chip", CPU, "--chip", "h200", "--chip", "trainium3")
+    result = run("--records", records, "--json", "--phase", "decode", *dollars, *chips)
     data = json.loads(result.output)
     assert data["model"]["total_params"] == V3.total_params
     [one, many] = data["steps"]
     assert one["at"] == "batch 1, context 4096" and many["tokens"] == 64
     on = many["chips"]
     assert on[CPU]["dollars_per_hour"] == 0.1 and on["h200"]["dollars_per_hour"] == 2.5
-    assert on["trainium2"]["dollars_per_mtoken"] is None
+    assert on["trainium3"]["dollars_per_mtoken"] is None
     marks = {r["name"]: r["chips"][CPU]["mark"] for r in many["rows"]}
     assert marks["routed experts"] == MEASURED and marks["router"] == BOUND
 
