@@ -119,6 +119,11 @@ class Answer:
         parts = (s.prefill.step.share, s.prefill_seconds), (s.decode.step.share, s.decode_seconds)
         return {m: sum(share[m] * w for share, w in parts) / s.chip_seconds for m in MARKS}
 
+    @property
+    def bound(self):
+        """Whether most of a request's chip time is a roofline bound."""
+        return self.share[BOUND] > 0.5
+
 
 @dataclass(frozen=True)
 class Fleet:

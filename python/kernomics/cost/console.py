@@ -164,10 +164,10 @@ def show_compare(scenario, rows):
     if unpriced:
         out.print(f"$/h unknown: {', '.join(unpriced)}; give it with --dollars-per-hour {unpriced[0]}=...", style="dim",
                   highlight=False)
-    weak = [a.chip.key for a in rows if a.service and a.service.mark == "bound"]
+    weak = [a.chip.key for a in rows if a.service and a.bound]
     if weak:
-        out.print(f"Where times are bounds the chip cannot be faster and will be slower: {', '.join(weak)}. A chip with "
-                  "measurements looks worse beside one with bounds alone.", style="dim", highlight=False)
+        out.print(f"Mostly bounds, so that the chip will be slower: {', '.join(weak)}. One with measurements looks worse "
+                  "beside it.", style="dim", highlight=False)
     out.print(LEGEND, style="dim", highlight=False)
 
 

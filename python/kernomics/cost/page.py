@@ -56,7 +56,7 @@ def page(scenario, sources, chips):
 
 
 def _head(scenario, model, best):
-    bound = " Its times are roofline bounds: it cannot be cheaper." if best.service.mark == BOUND else ""
+    bound = " Its times are mostly roofline bounds: it will be dearer." if best.bound else ""
     price = "no price known" if best.dollars is None else (f"${money(best.dollars_in)} per million tokens in, "
                                                            f"${money(best.dollars_out)} out")
     return (f"<h1>{html.escape(scenario.model)}</h1><p class=dim>{html.escape(model.text())}; {scenario.tokens_in:,} tokens in, "
@@ -92,7 +92,7 @@ def _answers(rows):
     lines = []
     for a in (r for r in rows if r.service):
         s = a.service
-        share = ", ".join(f"{100 * v:.0f} % {m}" for m, v in a.share.items() if v >= 0.005)
+        share = ", ".join(f"{100 * v:.0f}\u00a0% {m}" for m, v in a.share.items() if v >= 0.005)
         lines.append((html.escape(a.chip.name), s.decode.plan.text(), s.prefill.plan.text(), f"{s.speed:.0f}",
                       si(s.decode.tokens_per_s_per_chip), seconds_text(s.first), money(a.dollars_per_hour), money(a.dollars_in),
                       money(a.dollars_out), money(a.dollars), money(a.joules_out), share))
@@ -110,7 +110,7 @@ def _fronts(scenario, sources, served):
         points = [x.service for x in found]
         words = [f"{s.decode.plan.text()}<br>{s.decode.b} sequences a group<br>step {seconds_text(s.decode.seconds)}<br>"
                  f"${money(x.dollars_out)}/Mtok out, {money(x.dollars)} of all<br>{s.mark}" for x, s in zip(found, points)]
-        dash = "dot" if all(p.mark == BOUND for p in points) else "solid"
+        dash = "dot" if all(x.bound for x in found) else "solid"
         color = COLORS[i % len(COLORS)]
         figure.add_scatter(x=[p.tokens_per_s_per_user for p in points], y=[p.tokens_per_s_per_chip for p in points],
                            mode="lines+markers", name=a.chip.key + (" (bound)" if dash == "dot" else ""), hovertext=words,
@@ -119,7 +119,8 @@ def _fronts(scenario, sources, served):
         heights = [y for trace in figure.data for y in trace.y]
         figure.add_scatter(x=[scenario.speed] * 2, y=[min(heights), max(heights)], mode="lines", name="asked for",
                            line={"color": GREY, "dash": "dash"}, hoverinfo="skip")
-    figure.update_xaxes(type="log", title="tokens/s a user", dtick="D2")
+    ticks = [m * 10**e for e in range(5) for m in (1, 2, 5)]  # plotly would write 20 as 2
+    figure.update_xaxes(type="log", title="tokens/s a user", tickvals=ticks, ticktext=[f"{t:,}" for t in ticks])
     figure.update_yaxes(type="log", title="tokens/s a chip", dtick=1)
     return figure
 
@@ -131,7 +132,7 @@ def _waterfall(answer):
     for phase, rent in zip(root.children, answer.rents):
         unit = 1e3 / 3600 * rent / answer.utilisation if priced else 1.0  # $ per thousand requests
         label = phase.name.split(",")[0]
-        for layer in phase.children:
+        for layer in (x for x in phase.children if x.seconds):
             names.append(f"{label}<br>{layer.name}")
             values.append(layer.seconds * unit)
             measure.append("relative")
@@ -140,7 +141,7 @@ def _waterfall(answer):
     measure.append("total")
     figure = go.Figure(go.Waterfall(x=names, y=values, measure=measure, connector={"line": {"color": GRID}},
                                     increasing={"marker": {"color": COLORS[0]}}, totals={"marker": {"color": INK}},
-                                    text=[money(v) if v else "" for v in values], textposition="outside"))
+                                    text=[*map(money, values[:-1]), ""], textposition="outside"))
     figure.update_yaxes(title="$ per thousand requests" if priced else "chip-seconds a request")
     return figure
 
