@@ -245,6 +245,15 @@ def test_missing_figures_are_named():
         point(Plan(ep=8), on=chip(flops_fp8=None))
 
 
+def test_a_figure_that_roomy_plans_lack_is_named_before_plans_without_room():
+    for points in (lambda on: serving.decode_points(V3, on, SOURCES, 4096, chips=16),  # one chip or two do not fit
+                   lambda on: serving.prefill_points(V3, on, SOURCES, Workload(), chips=16)):
+        with pytest.raises(Unknown, match="made-up: flops_bf16 is unknown"):
+            points(chip(flops_bf16=None))
+        with pytest.raises(DoesNotFit, match="16 chips"):
+            points(chip(memory_bytes=20e9, flops_bf16=None))
+
+
 # ---------------------------------------------------------------- SRAM alone
 
 

@@ -395,10 +395,15 @@ def decode_points(model, chip, sources, s, *, chips=None, base=Plan(), each=None
             for b in batches(min(most, 1024)):
                 found.append(decode_point(model, chip, sources, replace(plan, flight=min(plan.pp, most // b)), b, s))
         except (DoesNotFit, Unknown) as error:
-            why = why if isinstance(why, DoesNotFit) and isinstance(error, Unknown) else error
+            why = _cause(why, error)
     if not found:
         raise why or DoesNotFit(f"{model.name} does not fit on any number of {chip.key} up to {chips}")
     return found
+
+
+def _cause(why, error):
+    """Of two errors what keeps a chip from serving: a figure that a plan with room lacks, else the later plan without room."""
+    return why if isinstance(why, Unknown) and isinstance(error, DoesNotFit) else error
 
 
 def front(points):
@@ -708,7 +713,7 @@ def prefill_points(model, chip, sources, workload, *, chips=None, base=Plan(), t
             try:
                 found.append(prefill_point(model, chip, sources, plan, t, workload.fresh, prefix))
             except (DoesNotFit, Unknown) as error:
-                why = error
+                why = _cause(why, error)
     if not found:
         raise why or DoesNotFit(f"{model.name} does not fit on {chip.key}")
     return found
