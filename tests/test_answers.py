@@ -37,7 +37,10 @@ def test_file_and_options(tmp_path):
 
 @pytest.mark.parametrize("fields, text", [
     ({"sped": 1.0}, "field is 'sped', allowed: model"), ({"speed": -1.0}, "speed is -1.0, allowed: greater than or equal to 0"),
-    ({"hit": 1.5}, "hit is 1.5"), ({"cache": "int4"}, "cache is 'int4', allowed: 'bf16' or 'fp8'"), ({"chips": 0}, "chips is 0"),
+    ({"hit": 1.5}, "hit is 1.5, allowed: greater than or equal to 0 and less than 1"), ({"speed": float("inf")}, "speed is inf"),
+    ({"imbalance": float("inf")}, "imbalance is inf, allowed: greater than or equal to 1 and less than or equal to 1024"),
+    ({"step_overhead": float("inf")}, "step_overhead is inf"), ({"hit": "half"}, "a valid number, greater than or equal to 0"),
+    ({"cache": "int4"}, "cache is 'int4', allowed: 'bf16' or 'fp8'"), ({"chips": 0}, "chips is 0"),
     ({"tokens_in": "many"}, "tokens_in is 'many'"), ({"micro_batches": 3}, "micro_batches is 3, allowed: 1 or 2"),
     ({"dollars_per_hour": {"h100": -1.0}}, "at least 0"),
 ])

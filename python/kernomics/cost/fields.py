@@ -11,6 +11,15 @@ class Checked(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+BOUNDS = {"gt": "greater than", "ge": "greater than or equal to", "lt": "less than", "le": "less than or equal to"}
+
+
+def bounds(field):
+    """'greater than or equal to 0 and less than 1': the range of a field's numbers; empty where it has none."""
+    return " and ".join(f"{text} {getattr(rule, name):.12g}" for rule in field.metadata for name, text in BOUNDS.items()
+                        if hasattr(rule, name))
+
+
 def parse(kind, data, where):
     """``kind(**data)``; a CostError ``<where>: <field> is <value>, allowed: <what>`` for the first bad field."""
     if not isinstance(data, dict):
@@ -26,4 +35,7 @@ def parse(kind, data, where):
             raise CostError(f"{where}: {field} is missing, allowed: {kind.model_fields[field].description or 'a value'}"
                             if field in kind.model_fields else f"{where}: {field} is missing") from None
         allowed = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        span = bounds(kind.model_fields[field]) if field in kind.model_fields else ""
+        if span:
+            allowed = span if first["type"].startswith(("greater_than", "less_than")) else f"{allowed}, {span}"
         raise wrong(f"{where}: {field}" if field else where, first["input"], allowed) from None

@@ -4,7 +4,7 @@ from math import fsum
 
 from pydantic import Field, field_validator
 
-from kernomics.cost import Unknown
+from kernomics.cost import Unknown, wrong
 from kernomics.cost.economics import HOURS_PER_MONTH, HOURS_PER_YEAR, annuity, price_at_margin, straight_line
 from kernomics.cost.fields import Checked, parse
 
@@ -119,6 +119,9 @@ def from_chip(chip, **fields):
 
     tdp_watts leave out the chip's share of server and network. Raises Unknown where neither says.
     """
+    for field in fields:
+        if field not in Tco.model_fields:
+            raise wrong(f"tco of {chip.key}: field", field, ", ".join(Tco.model_fields))
     watts = chip.get("all_in_watts")
     found = {"chip_dollars": chip.get("price_dollars"), "watts": chip.get("tdp_watts") if watts is None else watts}
     names = {"chip_dollars": "price_dollars", "watts": "all_in_watts and tdp_watts"}
