@@ -28,6 +28,12 @@ def test_every_field_has_an_option():
     assert set(SCENARIO) - {"scenario"} == set(scenario.Scenario.model_fields)
 
 
+def test_help_shows_tables_and_defaults_in_brackets():
+    told = RUN.invoke(app, ["compare", "--help"], env={"COLUMNS": "400"}).output
+    assert all(text in told for text in ("In a file: [tco], and [tco.h200] of one chip", "bf16 or fp8 [bf16].", "own [yes].",
+                                         "a request [4096]."))
+
+
 def test_file_and_options(tmp_path):
     file = tmp_path / "mine.toml"
     file.write_text('model = "llama-3.1-70b"\nchip = ["h200"]\nspeed = 50\n[dollars_per_hour]\nh200 = 2\n')

@@ -95,8 +95,9 @@ def _command(function, table, read):
         except CostError as error:
             _refuse(function.__name__, error)
 
+    # rich would take [tco] in a text for markup
     shared = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind,
-                                default=typer.Option([] if kind == list[str] else None, help=text))
+                                default=typer.Option([] if kind == list[str] else None, help=text.replace("[", "\\[")))
               for name, (kind, text) in table.items()]
     command.__signature__ = inspect.Signature([*shared, *own])
     command.__annotations__ = {p.name: p.annotation for p in (*shared, *own)}
