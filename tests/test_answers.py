@@ -56,6 +56,23 @@ def test_wrong_fields_are_named(fields, text):
     assert text in str(error.value)
 
 
+def test_prices_of_chips_that_nobody_knows_are_refused():
+    none = scenario.Measured([])
+    for fields, text in (({"dollars_per_hour": {"h20O": 2.0}}, "dollars_per_hour: chip is 'h20O', allowed: "),
+                         ({"tco": {"h20O": {"chip_dollars": 3e4}}}, "tco: chip is 'h20O', allowed: ")):
+        with pytest.raises(CostError, match=text):
+            scenario.load(chip=["h200"], **fields).load_chips(none)
+    scenario.load(chip=["h200"], dollars_per_hour={"h100": 2.0}).load_chips(none)  # a file may price more than is asked for
+
+
+def test_this_machine_is_priced_by_its_short_name():
+    measured = scenario.Measured(scenario.read())
+    asked = scenario.load(chip=["this", "h200"], dollars_per_hour={"this": 0.25})
+    this, h200 = asked.load_chips(measured)
+    assert asked.rent(this) == (0.25, "given") and asked.hourly(this) == 0.25
+    assert asked.rent(h200) == (h200.get("dollars_per_hour"), "rented")
+
+
 def test_prices_are_chip_time_at_the_rent(answered):
     _, _, (best, *_) = answered
     s, w = best.service, best.service.workload

@@ -168,13 +168,24 @@ class Scenario(Checked):
             name = measured.machine() or name if name == "this" else name
             return known[name] if name in known else chip_files.find(name, known)
 
-        found = ([find(name) for name in dict.fromkeys(_pools(entry))] for entry in dict.fromkeys(self.chip))
+        found = [[find(name) for name in dict.fromkeys(_pools(entry))] for entry in dict.fromkeys(self.chip)]
+        names = {"this", *known, *chip_files.load(), *(c.key for chips in found for c in chips)}
+        for field, keys in (("dollars_per_hour", self.dollars_per_hour),
+                            ("tco", [k for k, v in self.tco.items() if isinstance(v, dict)])):
+            for key in keys:
+                if key not in names:  # of a chip that is not asked for it may be
+                    raise wrong(f"{field}: chip", key, ", ".join(sorted(names)))
         return [chips[0] if len(chips) == 1 else chip_files.Pair(*chips) for chips in found]
+
+    def given(self, chip):
+        """$/h of a chip by the scenario's own figures, ``this`` being a machine of the bench records; None without one."""
+        this = self.dollars_per_hour.get("this") if chip.key.startswith("cpu-") else None
+        return self.dollars_per_hour.get(chip.key, this)
 
     def rent(self, chip):
         """($/h of a chip, None where nobody says; where it comes from): given, owned (by the [tco] table), or rented."""
-        if chip.key in self.dollars_per_hour:
-            return self.dollars_per_hour[chip.key], "given"
+        if self.given(chip) is not None:
+            return self.given(chip), "given"
         if self.tco:
             try:
                 return tco.cost_per_available_hour(self.owned(chip)), "owned"
@@ -184,7 +195,8 @@ class Scenario(Checked):
 
     def hourly(self, chip):
         """$/h of a chip rented by the hour: as given, else the rental of chips.toml, whatever it costs an owner."""
-        return self.dollars_per_hour.get(chip.key, chip.get("dollars_per_hour"))
+        given = self.given(chip)
+        return chip.get("dollars_per_hour") if given is None else given
 
     def dollars(self, chip):
         """$/h of a chip, or None where nobody says."""
