@@ -121,6 +121,24 @@ def test_sensitivity_command():
     assert "input is 'luck'" in RUN.invoke(app, options + ["--uncertain", "luck=0..1"]).output
 
 
+def test_sensitivity_to_a_share_of_whole_tokens():
+    options = ["sensitivity", "--chip", "h200", "--samples", "40", "--uncertain", "hit=0..0.9", "--format", "json"]
+    found = json.loads(RUN.invoke(app, options).stdout)
+    (row,) = found["inputs"]  # the price falls in a straight line, so its slope follows from the two ends, 0.72 apart
+    slope = (row["at_p90"] - row["at_p10"]) / 0.72
+    assert slope < 0 and row["elasticity"] == pytest.approx(slope * 0.45 / found["p50"], rel=0.05)
+
+
+@pytest.mark.parametrize("entry, told", [
+    ("utilisation=-1..1", "utilisation is -1.0, allowed: greater than 0 and less than or equal to 1"),
+    ("hit=0.5..1.2", "hit is 1.2, allowed: "), ("dollars_per_hour=-1..2", "dollars_per_hour is -1.0, allowed: 0.001 to 10000"),
+    ("bytes_per_s=1..2", "bytes_per_s is 1.0, allowed: 1e+09 to 1e+17"),
+])
+def test_ranges_keep_within_what_their_input_allows(entry, told):
+    result = RUN.invoke(app, ["sensitivity", "--chip", "h200", "--samples", "10", "--uncertain", entry])
+    assert result.exit_code == 2 and told in result.output.replace("\n", " ")
+
+
 def test_payback_command(tmp_path):
     old, new = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
     call = {"op": "mla_decode", "chip": "h200", "dims": {"b": 8, "q": 1, "h": 128, "s": 4096, "page": 64}, "date": "2026-11-25"}

@@ -219,7 +219,8 @@ def sensitivity(scenario, samples: int = typer.Option(1000, min=10, help="Draws.
     with console.progress() as bar:
         task = bar.add_task("draws", total=samples)
         spread = uncertainty.monte_carlo(price, inputs, samples, seed, lambda done, n: bar.update(task, completed=done))
-    console.show_sensitivity(answer, spread, uncertainty.tornado(price, inputs), uncertainty.elasticities(price, inputs), format)
+    slopes = uncertainty.elasticities(price, inputs, 0.01)  # less may change no whole token of a prompt
+    console.show_sensitivity(answer, spread, uncertainty.tornado(price, inputs), slopes, format)
 
 
 @scenario_command

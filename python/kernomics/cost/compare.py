@@ -1,10 +1,12 @@
 """Chips side by side on one workload, the trade of one chip, and where each microsecond and cent goes."""
 
 from dataclasses import dataclass, field, replace
-from math import exp, fsum, log
+from math import exp, fsum, isfinite, log
 
 from kernomics.cost import CostError, serving, wrong
+from kernomics.cost.chips import RANGE
 from kernomics.cost.economics import allocated_mtoken, chips_needed, dollars_per_mtoken, owned_day, rented_day
+from kernomics.cost.fields import parse
 from kernomics.cost.measured import BOUND, MARKS
 
 
@@ -274,6 +276,8 @@ def held(scenario, sources, answer):
     _one_chip(answer)
 
     def price(**inputs):
+        for name, value in inputs.items():
+            _within(scenario, name, value)
         figures = {n: v for n, v in inputs.items() if n in answer.chip.figures and n != "dollars_per_hour"}
         chip = replace(answer.chip, figures=answer.chip.figures | {n: replace(answer.chip.figures[n], value=v)
                                                                    for n, v in figures.items()})
@@ -322,6 +326,14 @@ def _one_chip(answer):
 PLAN = ("acceptance", "imbalance", "comm_share", "overlap", "alpha", "step_overhead", "memory_share", "drafts")
 
 
+def _within(scenario, name, value):
+    """A CostError where no scenario or chip may have this value of an input: a draw must not leave what is allowed."""
+    if name not in RANGE:
+        parse(type(scenario), {name: value}, "uncertain")
+    elif not RANGE[name][0] <= value <= RANGE[name][1]:
+        raise wrong(f"uncertain: {name}", value, "{:g} to {:g}".format(*RANGE[name]))
+
+
 def inputs_of(scenario, answer):
     """name -> uncertainty.Input of the scenario's ranges; a CostError for a name that is no input."""
     from kernomics.cost import uncertainty
@@ -334,6 +346,8 @@ def inputs_of(scenario, answer):
         if name not in allowed:
             raise wrong("uncertain: input", name, ", ".join(allowed))
         found[name] = uncertainty.parse(text, name)
+        for end in filter(isfinite, (found[name].quantile(0), found[name].quantile(1))):
+            _within(scenario, name, end)
     if answer.dollars_per_hour is None:
         raise CostError(f"{answer.chip.key}: $/h is unknown; give it with --dollars-per-hour {answer.chip.key}=...")
     return found

@@ -208,19 +208,20 @@ def tornado(f, inputs):
     return sorted(rows, key=lambda row: -abs(row[2] - row[1]))
 
 
-def elasticities(f, inputs):
+def elasticities(f, inputs, step=STEP):
     """name -> d ln f / d ln x at the medians: percent of f per percent of x; 0 for an x of 0.
 
-    Central differences of STEP in ln x; one-sided where f refuses (ValueError) one side, as at the end of a range.
+    Central differences of ``step`` in ln x, which must change f beyond its rounding; one-sided where f refuses (ValueError)
+    one side, as at the end of a range.
     Raises CostError where f is 0 or changes sign.
     """
     middle = {name: x.median for name, x in _inputs(inputs).items()}
     base, slopes = _call(f, middle), {}
     for name, x in middle.items():
         ends = []
-        for step in (-STEP, STEP):
+        for by in (-step, step):
             try:
-                ends.append((step, _call(f, {**middle, name: x * exp(step)})))
+                ends.append((by, _call(f, {**middle, name: x * exp(by)})))
             except ValueError as error:
                 refused = error
         if not ends:
