@@ -208,6 +208,16 @@ def test_a_tier_is_paid_by_what_it_keeps():
     assert pool.fleet.dollars_per_hour == pytest.approx(32 * (1.2 + 1) + 64 * 2.4)
 
 
+def test_explain_as_csv_is_a_row_a_part():
+    text = RUN.invoke(app, ["explain", "--chip", "h200", "--chips", "8", "--format", "csv"]).stdout
+    rows = [*csv.DictReader(io.StringIO(text))]
+    root, (core,) = rows[0], [r for r in rows if r["name"] == "MLA decode"]
+    assert root["part_of"] == "" and core["part_of"].startswith(f"{root['name']} / decode, 8 chips")
+    for whole in (root, *(r for r in rows if r["part_of"] == root["name"])):
+        path = " / ".join(filter(None, (whole["part_of"], whole["name"])))
+        assert sum(float(r["seconds"]) for r in rows if r["part_of"] == path) == pytest.approx(float(whole["seconds"]))
+
+
 def test_a_tier_on_the_command_line():
     tier = ["--hit", "0.9", "--tier", "ssd", "--tier-gb", "2500", "--tier-gb-per-s", "1", "--tier-dollars-per-gb-month", "0.5"]
     text = RUN.invoke(app, ["compare", "--chip", "h200", "--chips", "16", *tier]).output

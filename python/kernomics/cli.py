@@ -186,7 +186,8 @@ def explain(scenario, format: str = FORMAT):
     if answer.service is None:
         raise CostError(answer.why)
     if format:
-        print(console.write(console.tree_dict(answers.explain(answer)), format))
+        root = answers.explain(answer)
+        print(console.write([*console.tree_rows(root)] if format == "csv" else console.tree_dict(root), format))
     else:
         console.show_explain(answer)
 

@@ -503,3 +503,11 @@ def write(rows, form):
 def tree_dict(node):
     """The tree of ``explain`` for JSON."""
     return {k: v for k, v in asdict(node).items() if v not in ("", None, ())}
+
+
+def tree_rows(node, above=""):
+    """The tree of ``explain`` for CSV: each node after what it is part of, which ``part_of`` names."""
+    path = f"{above} / {node.name}" if above else node.name
+    yield {"part_of": above, **{k: v for k, v in vars(node).items() if k != "children"}}
+    for child in node.children:
+        yield from tree_rows(child, path)
