@@ -88,6 +88,8 @@ def test_a_missing_table_is_said_and_not_passed():
     assert outcome.predicted is None and outcome.verdict == "not run" and "infersim" in outcome.why
     with pytest.raises(CostError, match="target is 'B99'"):
         validate.validate(ENV, only="B99")
+    told = RUN.invoke(app, ["validate", "--only", "B5", "--infersim", "/none"]).output
+    assert "B5 in: InferSim tables is '/none', allowed: a folder" in told and "B5 in  prefill, H800" in told
 
 
 def test_ranges_give_p10_and_p90():

@@ -437,18 +437,21 @@ def show_validate(outcomes, open_figures=None, form=None):
     for head in ("target", "what", "predicted", "p10..p90", "published", "error", "verdict"):
         table.add_column(head, justify="left" if head in ("target", "what", "verdict") else "right", no_wrap=head != "what")
     for o in outcomes:
-        t = o.target
+        t, short = o.target, len(o.why) <= 40  # longer ones below the table
         error = "" if o.error is None or t.kind == "limit" else f"{100 * o.error:+.1f}%"
         spread = "" if o.low is None else f"{three(o.low)}..{three(o.high)}"
         style = {"M": "red", "E": "red", "o": "yellow", "n": "dim"}.get(o.verdict[0], "green")
         at_most = "<= " if t.kind == "limit" else ""
         table.add_row(t.id, t.what, "-" if o.predicted is None else at_most + three(o.predicted), spread,
-                      f"{three(t.published)} {t.unit}", error, Text(o.why or o.verdict, style=style))
+                      f"{three(t.published)} {t.unit}", error, Text(short and o.why or o.verdict, style=style))
     out.print(table)
     inside = [o.inside for o in outcomes if o.inside is not None]
     if inside:
         out.print(f"{sum(inside)} of {len(inside)} predictions with ranges have the published figure between p10 and p90.",
                   highlight=False)
+    for o in outcomes:
+        if len(o.why) > 40:
+            out.print(f"{o.target.id}: {o.why}", style="red", highlight=False, markup=False)
     for o in outcomes:
         if o.target.note:
             out.print(f"{o.target.id}: {o.target.note}", style="dim", highlight=False)
