@@ -102,6 +102,14 @@ def test_commands():
     assert [r["verdict"] for r in rows] == ["met"] * 3
     result = RUN.invoke(app, ["claims", "Q22"])
     assert result.exit_code == 0 and "Q22" in result.output
+    words = " ".join(result.output.split())  # what it stands on: the file, the inputs with their origin, the formula
+    assert "from 002_433794f484b7f4da.txt: $" in words and "held = 600 (assumption)" in words and "eco.restore_dollars(" in words
+    assert "context = 40000 (claim)" in words and max(map(len, result.output.splitlines())) <= 100
+    (row,) = json.loads(RUN.invoke(app, ["claims", "Q22", "--format", "json"]).stdout)
+    assert row["inputs"]["held"] == {"value": 600, "origin": "assumption"}
+    assert row["result"] == f"{row['value']:.4g} {row['unit']}"
+    rows = {r["id"]: r for r in json.loads(RUN.invoke(app, ["claims", "--format", "json"]).stdout)}
+    assert rows["two-cards"]["verdict"] == "the source contradicts itself" and rows["two-cards"]["file"].startswith("003")
     assert RUN.invoke(app, ["claims", "Q999"]).exit_code == 2
     dollars = [f"--set={n}_dollars=1000" for n in ("chip", "server", "network", "storage", "install")]
     parts = json.loads(RUN.invoke(app, ["tco", "h100", *dollars, "--format", "json"]).stdout)

@@ -1,6 +1,7 @@
 """What the commands of the cost model print, and write as JSON and CSV."""
 
 import csv
+import inspect
 import io
 import json
 from dataclasses import asdict
@@ -469,7 +470,10 @@ def show_claims(evaluations, contradictions=None, form=None):
 
     rows = claims.table(evaluations)
     if form:
-        print(write([dict(zip(("id", "claim", "result", "verdict", "decided by"), r)) for r in rows], form))
+        both = [{"id": c.id, "claim": f"{c.first} / {c.second}", "result": c.supports, "verdict": "the source contradicts itself",
+                 "file": c.file} for c in contradictions or ()]
+        print(write([dict(zip(("id", "claim", "result", "verdict", "decided by"), r)) | claim_dict(e)
+                     for r, e in zip(rows, evaluations)] + both, form))
         return
     out, table = console(), Table(box=None, padding=(0, 1, 0, 0))
     for head in ("id", "claim", "result", "verdict", "decided by"):
@@ -478,10 +482,27 @@ def show_claims(evaluations, contradictions=None, form=None):
     for id, claim, result, verdict, decided in rows:
         table.add_row(id, claim, result, Text(verdict, style=styles.get(verdict, "")), decided)
     out.print(table)
+    if len(evaluations) == 1:
+        show_claim(out, evaluations[0])
     if contradictions:
         out.print("\nWhere the sources contradict themselves:", style="bold")
         for c in contradictions:
-            out.print(f"{c.id}: {c.first} / {c.second}\n    {c.supports}", highlight=False)
+            out.print(f"{c.id}: {c.first} / {c.second} ({c.file})\n    {c.supports}", highlight=False)
+
+
+def claim_dict(e):
+    """What a claim's verdict stands on: its file, the number, and every input with its origin."""
+    return {"file": e.claim.file, "value": e.result.value, "unit": e.result.unit, "note": e.result.words,
+            "inputs": {name: {"value": e.values[name], "origin": x.origin} for name, x in e.claim.inputs.items()}}
+
+
+def show_claim(out, e):
+    """What one claim's verdict stands on, with the formula as it runs."""
+    lines = [f"\nfrom {e.claim.file}" + (f": {e.result.words}" if e.claim.check and e.result.words else "")]
+    lines += [f"{name} = {e.values[name]:.6g}  ({x.origin})" for name, x in e.claim.inputs.items()]
+    out.print("\n".join(lines), highlight=False, markup=False)
+    if e.claim.check:
+        out.print("\n" + inspect.getsource(e.claim.check).rstrip(), style="dim", highlight=False, markup=False)
 
 
 # ---------------------------------------------------------------- files
