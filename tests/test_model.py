@@ -220,6 +220,7 @@ def test_a_bad_config_names_field_value_and_allowed(field, value, allowed):
     text = str(error.value)
     bad = next(iter(value.values())) if isinstance(value, dict) and "awq" in str(value) else value
     assert field in text and allowed in text and (isinstance(bad, dict) or repr(bad) in text)
+    assert "hidden_size" not in text or field == "hidden_size"  # not the whole file
 
 
 def test_a_missing_or_broken_config_file(tmp_path):

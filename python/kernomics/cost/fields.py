@@ -38,4 +38,6 @@ def parse(kind, data, where):
         span = bounds(kind.model_fields[field]) if field in kind.model_fields else ""
         if span:
             allowed = span if first["type"].startswith(("greater_than", "less_than")) else f"{allowed}, {span}"
-        raise wrong(f"{where}: {field}" if field else where, first["input"], allowed) from None
+        if not field:  # fields that do not go together: the error names them
+            raise CostError(allowed) from None
+        raise wrong(f"{where}: {field}", first["input"], allowed) from None
