@@ -160,7 +160,8 @@ def show_compare(scenario, rows):
     best = next((a for a in rows if a.dollars is not None), None)
     if best:
         out.print(f"\nCheapest: [bold]{best.chip.key}[/] at ${money(best.dollars_in)} per million tokens in and "
-                  f"${money(best.dollars_out)} out. Follow it down with `kernomics explain --chip {best.chip.key}`.",
+                  f"${money(best.dollars_out)} out. Follow it down with `kernomics explain --chip {best.chip.key}` "
+                  "and the same options.",
                   highlight=False)
     if unpriced:
         out.print(f"$/h unknown: {', '.join(unpriced)}; give it with --dollars-per-hour {unpriced[0]}=...", style="dim",
