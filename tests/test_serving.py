@@ -48,6 +48,17 @@ def test_tokens_go_once_to_each_domain_and_once_to_each_chip():
     assert comm.exchange_bytes(10, 100, 1, 2, 2)[0] == pytest.approx(500)  # one draw of two chips: half stay
 
 
+def test_groups_of_experts_keep_a_token_to_fewer_places():
+    rng, e = np.random.default_rng(0), 256
+    for places in (2, 4, 8, 64):  # V3: 8 experts of 4 of 8 groups, which lie one after another on the places
+        drawn = [np.concatenate([np.arange(32) + 32 * g for g in rng.choice(8, 4, replace=False)]) for _ in range(3000)]
+        seen = [len(set(rng.choice(experts, 8, replace=False) * places // e)) for experts in drawn]
+        assert comm.expected_places(places, 8, 8, 4) == pytest.approx(np.mean(seen), rel=0.04)
+    assert comm.expected_places(8, 8) == comm.expected_distinct(8, 8)  # without groups
+    up, out = comm.exchange_bytes(10, 100, 8, 64, 8, 8, 4)  # a group a domain: 4 of 8 at most, each missed by 3 of 4 draws
+    assert out == pytest.approx(10 * 100 * 4 * (1 - 0.75**8) * 7 / 8)
+
+
 def test_links_work_at_the_same_time_and_unknown_ones_are_refused():
     links = comm.Links(8, 400e9, 50e9, alpha=1e-6)
     assert links.seconds(400e3, 50e3) == pytest.approx(1e-6 + 1e-6)

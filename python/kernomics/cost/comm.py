@@ -5,7 +5,7 @@ others. Bandwidths are one way. Without a table the latency is 0 and the peaks o
 """
 
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, comb
 
 import numpy as np
 
@@ -43,14 +43,28 @@ def expected_distinct(places, draws):
     return expected_active(draws, places, 1)
 
 
-def exchange_bytes(t, token_bytes, top_k, ranks, domain):
+def expected_places(places, top_k, n_group=1, topk_group=1):
+    """Mean number of different places that hold a token's ``top_k`` experts, all within ``topk_group`` of ``n_group`` groups.
+
+    Groups lie one after another on the places. Where a place holds m whole groups and j of those are chosen, a draw misses it
+    with 1 - j/topk_group; j is hypergeometric.
+    """
+    if places >= n_group:
+        return expected_distinct(places * topk_group / n_group, top_k)
+    m = n_group // places
+    chance = [comb(m, j) * comb(n_group - m, topk_group - j) / comb(n_group, topk_group) for j in range(min(m, topk_group) + 1)]
+    return places * sum(p * (1 - (1 - j / topk_group) ** top_k) for j, p in enumerate(chance))
+
+
+def exchange_bytes(t, token_bytes, top_k, ranks, domain, n_group=1, topk_group=1):
     """(scale-up, scale-out) bytes that a chip sends to hand t tokens to ``top_k`` experts each on ``ranks`` chips.
 
-    A token goes once to each domain that needs it over scale-out, and from there once to each chip over scale-up.
+    A token goes once to each domain that needs it over scale-out, and from there once to each chip over scale-up. Routing that
+    chooses groups first reaches fewer of both.
     """
     nodes = ceil(ranks / domain)
-    chips = expected_distinct(ranks, top_k) * (1 - 1 / ranks)  # copies that leave the chip
-    outside = expected_distinct(nodes, top_k) * (1 - 1 / nodes) if nodes > 1 else 0.0
+    chips = expected_places(ranks, top_k, n_group, topk_group) * (1 - 1 / ranks)  # copies that leave the chip
+    outside = expected_places(nodes, top_k, n_group, topk_group) * (1 - 1 / nodes) if nodes > 1 else 0.0
     return t * token_bytes * max(chips - outside, 0.0), t * token_bytes * outside
 
 

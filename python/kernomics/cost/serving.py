@@ -253,7 +253,7 @@ def _communication(model, chip, sources, plan, t, decode):
     if plan.ep > 1 and moe:
         top_k, own = model.moe.top_k, ceil(t / plan.tp)  # the tokens of a group are shared out among its chips
         for name, size in (("dispatch", token_bytes(d, plan.dispatch)), ("combine", token_bytes(d, "bf16"))):
-            up, out = links.exchange_bytes(own, size, top_k, plan.ep, wires.domain)
+            up, out = links.exchange_bytes(own, size, top_k, plan.ep, wires.domain, model.moe.n_group, model.moe.topk_group)
             dims = {"t": own, "d": d, "top_k": top_k, "e": model.moe.e, "ranks": plan.ep}
             yield _move(chip, sources, name, name, plan.dispatch if name == "dispatch" else "bf16", dims, moe,
                         lambda up=up, out=out: wires.seconds(up, out), ("low_latency" if decode else "normal",))
