@@ -534,6 +534,12 @@ def test_a_chip_of_ones_own(tmp_path):
     assert row["chip"] == "dream" and row["dollars_per_mtoken_out"] > 0
 
 
+def test_a_report_that_cannot_be_written_is_told(tmp_path):
+    pytest.importorskip("plotly")
+    result = RUN.invoke(app, ["report", "--chip", "h200", "--chips", "8", "--out", str(tmp_path)])
+    assert result.exit_code == 2 and f"out is {str(tmp_path)!r}, allowed: a file that can be written" in result.output
+
+
 def test_report_is_one_file(tmp_path):
     pytest.importorskip("plotly")
     out = tmp_path / "report.html"

@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 from plotly.io import to_html
 from plotly.offline import get_plotlyjs
 
-from kernomics.cost import CostError, uncertainty
+from kernomics.cost import CostError, uncertainty, wrong
 from kernomics.cost import compare as answers
 from kernomics.cost.console import LEGEND
 from kernomics.cost.measured import BOUND, DERATED, IMPORTED, INTERPOLATED, MEASURED, TRANSFERRED
@@ -240,7 +240,11 @@ def _chips(chips):
 
 
 def write(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    """The path; a CostError where nothing can be written there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise wrong("out", str(path), f"a file that can be written ({error.strerror})") from None
     return path
 
