@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kernomics.contract import OPS
-from kernomics.cost import CostError, aic, infersim, tables
+from kernomics.cost import CostError, aic, infersim, scenario, tables
 from kernomics.cost.tables import IMPORTED, KINDS, TRANSFERRED, Table, Tables
 
 REAL = aic.systems()
@@ -336,6 +336,21 @@ def bench_data(tmp_path):
 def test_infersim(bench_data, kind, dtype, dims, us):
     found = infersim.load(bench_data, "h800").seconds("h800", kind, dtype, dims)
     assert (found.mark, found.sigma) == (IMPORTED, 0) and found.seconds == pytest.approx(us / 1e6)
+
+
+def test_infersim_beside_chips_that_it_lacks(bench_data):
+    (table,) = scenario.open_tables(f"infersim:{bench_data}", ["h200", "h800"])
+    assert {chip for chip, _ in table._lazy} == {"h800"}
+    with pytest.raises(CostError, match="chip is 'h200', allowed: h800"):
+        scenario.open_tables(f"infersim:{bench_data}", ["h200"])
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    pytest.importorskip("pyarrow")
+    for name in ("table.csv", "table.parquet"):
+        (tmp_path / name).write_bytes(b"chip,\xff\xfe\n")
+        with pytest.raises(CostError, match=f"table is '.*{name}', allowed: a .csv or .parquet file that can be read"):
+            tables.read(tmp_path / name)
 
 
 def test_infersim_wrong(bench_data):

@@ -30,13 +30,19 @@ USUAL = {
 }
 
 
-def load(path, chip):
-    """Tables of a chip from the folder bench_data (or the one above it); each kind is read when first asked for."""
+def chips(path):
+    """The chips of the folder bench_data (or of the one above it), and that folder."""
     root = Path(path)
     root = root / "bench_data" if (root / "bench_data").is_dir() else root
     known = sorted({p.name for p in root.glob("gemm/*")} | {p.name for p in root.glob("*/*/*") if p.is_dir()})
     if not known:
         raise wrong("InferSim tables", str(path), "a folder with gemm/<chip>/data.csv")
+    return known, root
+
+
+def load(path, chip):
+    """Tables of a chip from the folder bench_data (or the one above it); each kind is read when first asked for."""
+    known, root = chips(path)
     if chip not in known:
         raise wrong("chip", chip, ", ".join(known))
     lazy = {}

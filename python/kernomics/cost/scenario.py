@@ -237,7 +237,9 @@ def open_tables(name, chips):
     if name.startswith("infersim:"):
         from kernomics.cost import infersim
 
-        return [infersim.load(name.partition(":")[2], chip) for chip in chips]
+        folder = name.partition(":")[2]
+        known, _ = infersim.chips(folder)
+        return [infersim.load(folder, chip) for chip in chips if chip in known or not set(chips) & set(known)]
     if name == "deepep" or name.startswith("deepep:"):
         from kernomics.cost import deepep
 

@@ -426,13 +426,17 @@ def read(path):
     path = Path(path)
     if not path.is_file():
         raise wrong("table", str(path), "a .csv or .parquet file")
-    if path.suffix == ".parquet":
-        frame = parquet().read_table(path)
-        rows, names, unit, first = frame.to_pylist(), frame.column_names, "row", 1
-    else:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            names, rows, unit, first = reader.fieldnames or [], list(reader), "line", 2
+    arrow = parquet() if path.suffix == ".parquet" else None
+    try:
+        if arrow:
+            frame = arrow.read_table(path)
+            rows, names, unit, first = frame.to_pylist(), frame.column_names, "row", 1
+        else:
+            with path.open(newline="", encoding="utf-8") as file:
+                reader = csv.DictReader(file)
+                names, rows, unit, first = reader.fieldnames or [], list(reader), "line", 2
+    except (OSError, ValueError, csv.Error) as error:  # ValueError: of pyarrow, and of text that is not UTF-8
+        raise wrong("table", str(path), f"a .csv or .parquet file that can be read ({error})") from None
     time = next((t for t in ("seconds", "latency_ms") if t in names), None)
     for column in ("chip", "kind", "dtype", "source", "date", time or "seconds"):
         if column not in names:
