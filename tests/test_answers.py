@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -532,6 +533,14 @@ def test_a_chip_of_ones_own(tmp_path):
     result = RUN.invoke(app, ["compare", "--chip", str(file), "--format", "json"])
     (row,) = json.loads(result.output)
     assert row["chip"] == "dream" and row["dollars_per_mtoken_out"] > 0
+
+
+def test_a_report_without_plotly_says_how_to_get_it(monkeypatch):
+    monkeypatch.delitem(sys.modules, "kernomics.cost.page", raising=False)
+    monkeypatch.delattr("kernomics.cost.page", raising=False)
+    monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
+    result = RUN.invoke(app, ["report", "--chip", "h200", "--chips", "8"])
+    assert result.exit_code == 2 and "pip install 'kernomics[report]'" in " ".join(result.output.split())
 
 
 def test_a_report_that_cannot_be_written_is_told(tmp_path):

@@ -197,8 +197,12 @@ def report(scenario, out: str = typer.Option("out/report.html", help="Where to w
     """One HTML page: chips side by side, Pareto fronts, where money and time go, rooflines, what is uncertain."""
     from pathlib import Path
 
-    from kernomics.cost import page
+    from kernomics.cost import CostError
 
+    try:
+        from kernomics.cost import page
+    except ImportError as error:
+        raise CostError(f"the page needs plotly ({error}): pip install 'kernomics[report]'") from None
     sources, measured = scenario.sources()
     print(page.write(Path(out), page.page(scenario, sources, scenario.load_chips(measured))))
 
