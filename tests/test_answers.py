@@ -209,6 +209,28 @@ def test_a_tier_is_paid_by_what_it_keeps():
     assert pool.fleet.dollars_per_hour == pytest.approx(32 * (1.2 + 1) + 64 * 2.4)
 
 
+def test_margins_and_break_even_by_hand():
+    a = by_hand(KNOWN["h100"], (1.2, 1.2), allocation="price", sold={"in": 0.5, "out": 3.0})
+    # 3,000 tokens in and 1,000 out sell for $0.0045; 9 chip-seconds at $1.2 an hour are $0.003
+    assert a.margins == pytest.approx({"gross_margin": 1 / 3, "margin_over_cost": 1 / 2})
+    assert by_hand(KNOWN["h100"], (1.2, 1.2)).margins == {} == by_hand(KNOWN["h100"], (None, None), sold={"out": 1.0}).margins
+    dear = by_hand(KNOWN["h100"], (1.8, 1.8))
+    assert dear.beside(a) == pytest.approx((1, 1.5)) and by_hand(KNOWN["h100"], (None, 1.0)).beside(a) is None
+
+
+def test_margins_and_break_even_on_the_command_line():
+    options = ["compare", "--chip", "h200", "--chip", "h100", "--chips", "16", "--allocation", "price", "--sold", "in=0.55",
+               "--sold", "out=2.19"]
+    rows = {r["chip"]: r for r in json.loads(RUN.invoke(app, [*options, "--format", "json"]).stdout)}
+    one, two = rows["h200"], rows["h100"]
+    assert two["break_even_performance"] / two["performance_over_cheapest"] == pytest.approx(
+        two["dollars_per_mtoken"] / one["dollars_per_mtoken"])
+    assert one["margin_over_cost"] == pytest.approx(eco.over_cost_of_gross(one["gross_margin"]))
+    text = " ".join(RUN.invoke(app, options).output.split())
+    assert f"h200: gross margin {100 * one['gross_margin']:.1f} %, margin over cost" in text
+    assert f"h100 {two['performance_over_cheapest']:.2f} ({two['break_even_performance']:.2f})" in text
+
+
 def test_explain_as_csv_is_a_row_a_part():
     text = RUN.invoke(app, ["explain", "--chip", "h200", "--chips", "8", "--format", "csv"]).stdout
     rows = [*csv.DictReader(io.StringIO(text))]

@@ -134,7 +134,8 @@ def compare(scenario, format: str = FORMAT):
     streams = {a.chip.key: answers.stream(scenario, sources, a) for a in rows if a.service and sram}
     if format:
         alone = {key: console.stream_dict(x) for key, x in streams.items()}
-        print(console.write([{**console.answer_dict(a), **alone.get(a.chip.key, {})} for a in rows], format))
+        print(console.write([{**console.answer_dict(a), **console.beside_dict(a, rows[0]), **alone.get(a.chip.key, {})}
+                             for a in rows], format))
     else:
         console.show_compare(scenario, rows)
         if streams:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from math import exp, fsum, isfinite, log
 
-from kernomics.cost import CostError, serving, wrong
+from kernomics.cost import CostError, economics, serving, wrong
 from kernomics.cost.chips import RANGE
 from kernomics.cost.economics import allocated_mtoken, chips_needed, dollars_per_mtoken, owned_day, rented_day
 from kernomics.cost.fields import parse
@@ -80,6 +80,23 @@ class Answer:
         """$/Mtoken of all tokens of a request, cached ones included: the blend, the same under any allocation."""
         dollars = self.request_dollars
         return dollars if dollars is None else dollars / sum(self.service.workload.tokens.values()) * 1e6
+
+    @property
+    def margins(self):
+        """{gross_margin, margin_over_cost: share} of a request at what its tokens sell for; empty where none sell or cost."""
+        cost = self.request_dollars
+        if not (cost and self.sold):
+            return {}
+        revenue = economics.sold_dollars({kind: n for kind, n in self.service.workload.tokens.items() if n}, self.sold)
+        return {"gross_margin": economics.gross_margin(revenue, cost),
+                "margin_over_cost": economics.margin_over_cost(revenue, cost)}
+
+    def beside(self, other):
+        """(requests/s of a chip over those of another's, the ratio from which it is the cheaper one); None without prices."""
+        if not (self.request_dollars and other.request_dollars):
+            return None
+        mine, theirs = (a.request_dollars / a.service.chip_seconds for a in (self, other))
+        return other.service.chip_seconds / self.service.chip_seconds, economics.break_even_performance(mine, theirs)
 
     @property
     def fleet(self):

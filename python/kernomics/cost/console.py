@@ -90,9 +90,15 @@ def answer_dict(a):
             "step_s": s.decode.seconds, "mark": s.mark, "prefill_tokens_per_s_per_chip": s.prefill.tokens_per_s_per_chip,
             "first_token_s": s.first, "prefill_share_of_chips": s.prefill_share,
             "joules_per_token_out": a.joules_out, "tokens_per_s_per_mw": a.tokens_per_s_per_mw,
-            "share": {k: v for k, v in a.share.items() if v}, **(move_dict(s) if s.move else {}),
+            **a.margins, "share": {k: v for k, v in a.share.items() if v}, **(move_dict(s) if s.move else {}),
             **(tier_dict(a) if s.workload.tier else {}), **(fleet_dict(a.fleet) if a.fleet else {}),
             **(day_dict(a.day) if a.day else {})}
+
+
+def beside_dict(a, best):
+    """How a chip does beside the cheapest one."""
+    pair = a.service and best.service and a.beside(best)
+    return dict(zip(("performance_over_cheapest", "break_even_performance"), pair)) if pair else {}
 
 
 def move_dict(s):
@@ -134,6 +140,9 @@ def show_compare(scenario, rows):
                       "+".join(map(money, dict.fromkeys(a.rents))), *money_cells(a, kinds), money(a.joules_out), shares(a.share))
     out.print(table)
     out.print(ALLOCATED[scenario.named_allocation], style="dim", highlight=False)
+    for a in (a for a in rows if a.margins):
+        out.print(f"{a.chip.key}: gross margin {100 * a.margins['gross_margin']:.1f} %, margin over cost "
+                  f"{100 * a.margins['margin_over_cost']:.1f} %, at what tokens sell for", style="dim", highlight=False)
     for a in (a for a in rows if a.service and scenario.tier):
         out.print(tier_text(a), style="dim", highlight=False, markup=False)
     moved = [(a.chip.key, a.service) for a in rows if a.service and a.service.move]
@@ -163,6 +172,10 @@ def show_compare(scenario, rows):
                   f"${money(best.dollars_out)} out. Follow it down with `kernomics explain --chip {best.chip.key}` "
                   "and the same options.",
                   highlight=False)
+        pairs = [(a.chip.key, a.beside(best)) for a in rows if a is not best]
+        if any(pair for _, pair in pairs):
+            out.print(f"Requests/s of a chip over {best.chip.key}'s, and from which ratio it is the cheaper one: " + ", ".join(
+                f"{key} {pair[0]:.2f} ({pair[1]:.2f})" for key, pair in pairs if pair), style="dim", highlight=False)
     if unpriced:
         out.print(f"$/h unknown: {', '.join(unpriced)}; give it with --dollars-per-hour {unpriced[0]}=...", style="dim",
                   highlight=False)
