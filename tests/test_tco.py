@@ -92,6 +92,32 @@ def test_a_wrong_tco_field_is_told(field, value, allowed):
     assert f"tco: {field} is {value!r}, allowed: " in told and allowed in told.split("allowed: ")[1]
 
 
+def test_rental_by_hand():
+    t = tco.read(dict(OWNED, life_years=3, residual=0.1, uptime=0.9, utilisation=0.8, dollars_per_kwh=0.1))
+    found = tco.rental(t, 2.0)
+    year = 2 * 0.72 * 8760 - 0.1 * 8760  # rent of the hours sold, less 1 kW of all
+    assert found["flows"] == pytest.approx([-30000, year, year, year + 2900])
+    assert economics.npv(found["irr"], found["flows"]) == pytest.approx(0, abs=1e-6)
+    assert found["dollars_per_year"] == pytest.approx(year - (30000 - 2900) / 3)
+    assert found["payback_years"] == pytest.approx(2 + (30000 - 2 * year) / (year + 2900))
+    falling = tco.rental(t, 2.0, 0.3)
+    assert falling["irr"] < found["irr"] and falling["dollars_per_year"] == found["dollars_per_year"]
+    never = tco.rental(tco.read(OWNED), 0.0)
+    assert never["irr"] is None and never["payback_years"] == float("inf")
+    for fields, args, text in (({}, (float("nan"),), "rent is nan"), ({}, (2.0, 99.0), "decline is 99.0, allowed: a year"),
+                               ({"life_years": 4.5}, (2.0,), "life_years is 4.5, allowed: whole years")):
+        with pytest.raises(CostError, match=text):
+            tco.rental(tco.read(dict(OWNED, **fields)), *args)
+
+
+def test_rental_on_the_command_line():
+    options = ["tco", "h100", *(f"--set={k}={v}" for k, v in OWNED.items()), "--rent"]
+    text = " ".join(CliRunner().invoke(app, [*options, "2"]).output.split())
+    assert "rented out at 2 $/h:" in text and "% a year on the money, paid back in" in text
+    found = json.loads(CliRunner().invoke(app, [*options, "0.01", "--format", "json"]).stdout, parse_constant=pytest.fail)
+    assert found["rental"]["payback_years"] is None and found["rental"]["irr"] is None and len(found["rental"]["flows"]) == 6
+
+
 def test_missing_and_unknown_tco_fields_are_told():
     with pytest.raises(CostError, match="tco: storage_dollars is missing, allowed: "):
         tco.read({k: v for k, v in OWNED.items() if k != "storage_dollars"})

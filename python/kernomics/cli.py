@@ -264,14 +264,17 @@ def payback(
 def tco(
     chip: str = typer.Argument(help="A chip of chips.toml, or a TOML file of your own."),
     fields: list[str] = typer.Option([], "--set", help="A cost: server_dollars=25000, watts=1730, rate=0.1 ...; repeatable."),
+    rent: float = typer.Option(None, help="$/h it is rented out at: profit, rate of return and payback of its life."),
+    decline: float = typer.Option(0.0, help="Fall of that rent: exp(-decline) a year."),
     format: str = FORMAT,
 ):
-    """What an hour of a chip costs its owner, part by part, and what it must be sold at."""
+    """What an hour of a chip costs its owner, part by part, and what it must be sold at; what renting it out earns."""
     from kernomics.cost import CostError, chips, console
     from kernomics.cost import tco as costs
 
     try:
-        console.show_tco(chips.find(chip).name, costs.from_chip(chips.find(chip), **console.numbers(fields)), format)
+        owned = costs.from_chip(chips.find(chip), **console.numbers(fields))
+        console.show_tco(chips.find(chip).name, owned, format, None if rent is None else costs.rental(owned, rent, decline))
     except CostError as error:
         _refuse("tco", error)
 

@@ -5,6 +5,7 @@ import inspect
 import io
 import json
 from dataclasses import asdict
+from math import isfinite
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -415,10 +416,11 @@ def show_vendor(name, vendor, form=None):
               f"{100 * economics.margin_over_cost(price, built):.1f} %", style="dim", highlight=False)
 
 
-def show_tco(name, tco, form=None):
+def show_tco(name, tco, form=None, rental=None):
     parts = costs.price_breakdown(tco)
     if form:
-        print(write([{"part": n, "dollars_per_hour": v} for n, v in parts.items()], form))
+        rows = [{"part": n, "dollars_per_hour": v} for n, v in parts.items()]
+        print(write({"parts": rows, "rental": rental} if rental and form == "json" else [rental] if rental else rows, form))
         return
     out, table = console(), Table(box=None, padding=(0, 2, 0, 0))
     out.print(f"[bold]{name}[/], $ per chip-hour", highlight=False)
@@ -433,6 +435,13 @@ def show_tco(name, tco, form=None):
     out.print(table)
     out.print(f"owned {costs.cost_per_hour(tco):.4f}, available {costs.cost_per_available_hour(tco):.4f}, "
               f"used {costs.cost_per_used_hour(tco):.4f} $/h", style="dim", highlight=False)
+    if rental:
+        rate = "no rate of return" if rental["irr"] is None else f"{100 * rental['irr']:.1f} % a year on the money"
+        years = rental["payback_years"]
+        back = "never paid back" if years == float("inf") else f"paid back in {years:.1f} years"
+        out.print(f"rented out at {rental['rent_dollars_per_hour']:g} $/h: {rental['dollars_per_year']:,.0f} $ of profit "
+                  f"in a year at this rent, {rate}, {back}", highlight=False)
+        out.print("$ of each year: " + ", ".join(f"{x:,.0f}" for x in rental["flows"]), style="dim", highlight=False)
     assumed = [f"{n} {getattr(tco, n):g}" for n in type(tco).model_fields if n not in tco.model_fields_set]
     out.print("assumed: " + ", ".join(assumed), style="dim", highlight=False)
 
@@ -525,7 +534,7 @@ def show_claim(out, e):
 def write(rows, form):
     """Rows (dicts) as ``json`` or ``csv`` text; nested values are JSON in a CSV cell."""
     if form == "json":
-        return json.dumps(rows, indent=1)
+        return json.dumps(_finite(rows), indent=1)
     if form != "csv":
         raise CostError(f"format is {form!r}, allowed: json, csv")
     rows = [rows] if isinstance(rows, dict) else rows
@@ -536,6 +545,15 @@ def write(rows, form):
     writer.writeheader()
     writer.writerows(flat)
     return text.getvalue().rstrip("\n")
+
+
+def _finite(x):
+    """x with null in place of infinities, which JSON does not know."""
+    if isinstance(x, dict):
+        return {k: _finite(v) for k, v in x.items()}
+    if isinstance(x, list | tuple):
+        return [_finite(v) for v in x]
+    return None if isinstance(x, float) and not isfinite(x) else x
 
 
 def tree_dict(node):

@@ -4,7 +4,7 @@ from math import fsum
 
 from pydantic import Field, field_validator
 
-from kernomics.cost import Unknown, wrong
+from kernomics.cost import CostError, Unknown, economics, wrong
 from kernomics.cost.economics import HOURS_PER_MONTH, HOURS_PER_YEAR, annuity, price_at_margin, straight_line
 from kernomics.cost.fields import Checked, parse
 
@@ -107,6 +107,31 @@ def price_breakdown(tco):
     """name -> $ per hour sold: the parts of an hour owned, the hours down, the hours idle, then the margin."""
     owned, available, used = cost_per_hour(tco), cost_per_available_hour(tco), cost_per_used_hour(tco)
     return {**breakdown(tco), "down": available - owned, "idle": used - available, "margin": price_per_hour(tco) - used}
+
+
+def rental(tco, dollars_per_hour, decline=0.0):
+    """What a chip rented out at $/h, falling by exp(-decline) a year, earns over its life: name -> figure.
+
+    ``dollars_per_year``: rent at today's price less all costs, interest too. ``flows``: $ of year 0 (paid at the start), 1,
+    2 ..., the last with what is got back; ``irr`` their rate of return (None where there is none), ``payback_years`` until
+    they sum to 0. The rent is paid for the hours available and sold; power, hosting, upkeep and staff always.
+    """
+    for name, value, ok, allowed in (("rent", dollars_per_hour, 0 <= dollars_per_hour <= 1e4, "$/h, 0 to 1e4"),
+                                     ("decline", decline, -1 <= decline <= 10, "a year, -1 to 10"),
+                                     ("life_years", tco.life_years, tco.life_years == int(tco.life_years), "whole years")):
+        if not ok:
+            raise wrong(name, value, allowed)
+    share, parts, spent = tco.uptime * tco.utilisation, breakdown(tco), capital(tco)
+    running = fsum(parts[name] for name in ("power", "hosting", "upkeep", "staff"))
+    flows = economics.rental_flows(fsum(spent.values()), dollars_per_hour, share, running, int(tco.life_years), decline)
+    flows[-1] += tco.residual * fsum(v for name, v in spent.items() if name != "install")
+    try:
+        rate = economics.irr(flows)
+    except CostError:
+        rate = None
+    profit = economics.rental_profit(dollars_per_hour, share, cost_per_hour(tco))
+    return {"rent_dollars_per_hour": dollars_per_hour, "dollars_per_year": profit, "irr": rate,
+            "payback_years": economics.flows_payback_years(flows), "flows": flows}
 
 
 def read(data):
