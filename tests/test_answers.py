@@ -209,6 +209,13 @@ def test_a_tier_is_paid_by_what_it_keeps():
     assert pool.fleet.dollars_per_hour == pytest.approx(32 * (1.2 + 1) + 64 * 2.4)
 
 
+@pytest.mark.parametrize("command", [["pareto"], ["sweep", "--context", "1k"]])
+def test_long_plans_wrap_and_no_number_is_cut(command):
+    options = ["--chip", "gb200", "--pp", "4", "--drafts", "2", "--micro-batches", "2", "--hit", "0.5"]
+    text = RUN.invoke(app, [*command, *options]).output
+    assert "PP4" in text and "…" not in text and max(map(len, text.splitlines())) <= 100
+
+
 def test_margins_and_break_even_by_hand():
     a = by_hand(KNOWN["h100"], (1.2, 1.2), allocation="price", sold={"in": 0.5, "out": 3.0})
     # 3,000 tokens in and 1,000 out sell for $0.0045; 9 chip-seconds at $1.2 an hour are $0.003

@@ -269,7 +269,8 @@ def show_sweep(scenario, chip, found):
     kinds = money_heads([a for _, a in found])
     for head in ("tokens\nin", "tok/s\nuser", "tok/s\nchip", "first\ntoken", *kinds, "users", "users\nat most", "decodes on",
                  "times"):
-        table.add_column(head, justify="left" if head in ("decodes on", "times") else "right", no_wrap=head != "times")
+        table.add_column(head, justify="left" if head in ("decodes on", "times") else "right",
+                         no_wrap=head not in ("decodes on", "times"))
     for tokens, a in found:
         s = a.service
         if s:
@@ -295,7 +296,8 @@ def show_pareto(scenario, chip, rows):
               highlight=False)
     kinds = money_heads(rows)
     for head in ("tok/s\nuser", "tok/s\nchip", "step", *kinds, "users", "decodes on", "times"):
-        table.add_column(head, justify="left" if head in ("decodes on", "times") else "right", no_wrap=True)
+        table.add_column(head, justify="left" if head in ("decodes on", "times") else "right",
+                         no_wrap=head != "decodes on")
     top = max(a.service.tokens_per_s_per_chip for a in rows)
     table.add_column("tok/s/chip", no_wrap=True)
     for a in rows:
