@@ -131,6 +131,20 @@ def test_sensitivity_command():
     assert "input is 'luck'" in RUN.invoke(app, options + ["--uncertain", "luck=0..1"]).output
 
 
+def test_sensitivity_to_what_an_owner_pays():
+    spent = {"chip": 30000, "server": 6000, "network": 3000, "storage": 500, "install": 500}
+    options = ["sensitivity", "--chip", "h200", "--samples", "40", *(f"--tco={k}_dollars={v}" for k, v in spent.items())]
+    ranges = [f"--uncertain={x}" for x in ("chip_dollars=25000..35000", "dollars_per_kwh=0.05..0.11", "all_in_watts=1530..1930")]
+    found = json.loads(RUN.invoke(app, [*options, *ranges, "--format", "json"]).stdout)
+    slopes = {r["input"]: r["elasticity"] for r in found["inputs"]}
+    power, capital = 1.73 * 0.08, 40000 / 5 / 8760  # $/h at the medians
+    assert slopes["chip_dollars"] == pytest.approx(0.75 * capital / (capital + power), rel=1e-3)
+    assert slopes["dollars_per_kwh"] == pytest.approx(power / (capital + power), rel=1e-3) == slopes["all_in_watts"]
+    told = RUN.invoke(app, [*options, "--uncertain", "pue=0.5..1.5"]).output
+    assert "pue is 0.5, allowed: greater than or equal to 1 and less than or equal to 5" in " ".join(told.split())
+    assert "input is 'pue', allowed: " in RUN.invoke(app, ["sensitivity", "--chip", "h200", "--uncertain", "pue=1.1..1.5"]).output
+
+
 def test_sensitivity_to_a_share_of_whole_tokens():
     options = ["sensitivity", "--chip", "h200", "--samples", "40", "--uncertain", "hit=0..0.9", "--format", "json"]
     found = json.loads(RUN.invoke(app, options).stdout)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from math import exp, fsum, isfinite, log
 
-from kernomics.cost import CostError, economics, serving, wrong
+from kernomics.cost import CostError, economics, serving, tco, wrong
 from kernomics.cost.chips import RANGE
 from kernomics.cost.economics import allocated_mtoken, chips_needed, dollars_per_mtoken, owned_day, rented_day
 from kernomics.cost.fields import parse
@@ -287,18 +287,19 @@ def _answer(scenario, chip, service, why=""):
 def held(scenario, sources, answer):
     """f(**inputs) -> $/Mtok of all tokens, with the answer's plans kept and inputs changed.
 
-    An input is a field of the scenario, ``dollars_per_hour``, or a figure of the chip.
+    An input is a field of the scenario, ``dollars_per_hour``, a figure of the chip, or of one that is owned a field of [tco].
     """
     s, model, w = answer.service, answer.service.model, answer.service.workload
     _one_chip(answer)
 
     def price(**inputs):
         for name, value in inputs.items():
-            _within(scenario, name, value)
+            _within(scenario, answer, name, value)
         figures = {n: v for n, v in inputs.items() if n in answer.chip.figures and n != "dollars_per_hour"}
         chip = replace(answer.chip, figures=answer.chip.figures | {n: replace(answer.chip.figures[n], value=v)
                                                                    for n, v in figures.items()})
-        fields = {n: v for n, v in inputs.items() if n not in answer.chip.figures}
+        owned = {n: v for n, v in inputs.items() if n in _owned(answer)}
+        fields = {n: v for n, v in inputs.items() if n not in answer.chip.figures and n not in owned}
         asked = scenario.model_copy(update=fields)
         plan = {n: getattr(asked, n) for n in PLAN}
         calls = type(sources)(sources.measured, sources.tables, asked.call_latency, asked.bandwidth_share)
@@ -308,6 +309,8 @@ def held(scenario, sources, answer):
                                      int(s.prefill.step.tokens), load.fresh, load.tokens["cached"])
         held = serving.service(model, chip, load, decode, fill, s.disaggregated)
         dollars = inputs.get("dollars_per_hour", answer.dollars_per_hour)
+        if _owned(answer) and "dollars_per_hour" not in inputs:
+            dollars = tco.cost_per_available_hour(scenario.owned(chip, **owned))
         return replace(answer, service=held, rents=(dollars, dollars), utilisation=asked.utilisation).dollars
 
     return price
@@ -343,9 +346,16 @@ def _one_chip(answer):
 PLAN = ("acceptance", "imbalance", "comm_share", "overlap", "alpha", "step_overhead", "memory_share", "drafts")
 
 
-def _within(scenario, name, value):
+def _owned(answer):
+    """Inputs of what an hour costs, where the chip is owned."""
+    return [n for n in tco.Tco.model_fields if n not in ("utilisation", "margin")] if "owned" in answer.rent_sources else []
+
+
+def _within(scenario, answer, name, value):
     """A CostError where no scenario or chip may have this value of an input: a draw must not leave what is allowed."""
-    if name not in RANGE:
+    if name in _owned(answer):
+        scenario.owned(answer.chip, **{name: value})
+    elif name not in RANGE:
         parse(type(scenario), {name: value}, "uncertain")
     elif not RANGE[name][0] <= value <= RANGE[name][1]:
         raise wrong(f"uncertain: {name}", value, "{:g} to {:g}".format(*RANGE[name]))
@@ -357,14 +367,14 @@ def inputs_of(scenario, answer):
 
     _one_chip(answer)
     floats = [n for n, f in type(scenario).model_fields.items() if f.annotation is float and n not in ("speed", "first")]
-    allowed = [*floats, *(n for n, f in answer.chip.figures.items() if f.value is not None)]
+    allowed = [*floats, *(n for n, f in answer.chip.figures.items() if f.value is not None), *_owned(answer)]
     found = {}
     for name, text in scenario.uncertain.items():
         if name not in allowed:
             raise wrong("uncertain: input", name, ", ".join(allowed))
         found[name] = uncertainty.parse(text, name)
         for end in filter(isfinite, (found[name].quantile(0), found[name].quantile(1))):
-            _within(scenario, name, end)
+            _within(scenario, answer, name, end)
     if answer.dollars_per_hour is None:
         raise CostError(f"{answer.chip.key}: $/h is unknown; give it with --dollars-per-hour {answer.chip.key}=...")
     return found

@@ -202,9 +202,9 @@ class Scenario(Checked):
         """$/h of a chip, or None where nobody says."""
         return self.rent(chip)[0]
 
-    def owned(self, chip):
-        """The Tco of a chip: the [tco] table, [tco.<chip>] before it, and the chip's own price and watts."""
-        fields = {k: v for k, v in self.tco.items() if not isinstance(v, dict)} | self.tco.get(chip.key, {})
+    def owned(self, chip, **changed):
+        """The Tco of a chip: the [tco] table, [tco.<chip>] before it, ``changed`` before both; the chip's own price and watts."""
+        fields = {k: v for k, v in self.tco.items() if not isinstance(v, dict)} | self.tco.get(chip.key, {}) | changed
         for name in ("utilisation", "margin"):
             if name in fields:
                 raise wrong(f"tco: {name}", fields[name], "none: the hours that serve are the scenario's utilisation, at cost")
