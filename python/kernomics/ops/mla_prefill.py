@@ -61,6 +61,7 @@ def two_heads(rng, inputs):
         Case(b=4, t=10, s=9, h=2, t_lens=(3, 0, 6, 1), s_lens=(0, 4, 5, 0), softmax_scale=0.1),  # no keys: 0, -inf
         Case(b=2, t=330, s=394, h=2, t_lens=(200, 130), s_lens=(200, 194), softmax_scale=SCALE),  # crosses query, key tiles
         Case(b=1, t=3, s=5, h=33, softmax_scale=SCALE),
+        Case(b=3, t=8, s=410, h=2, t_lens=(4, 1, 3), s_lens=(197, 101, 112), softmax_scale=SCALE),  # few queries, many keys
         Case(b=1, t=130, s=259, h=1, softmax_scale=SCALE, causal=False),
         Case(b=2, t=200, s=270, h=1, t_lens=(130, 70), s_lens=(190, 80), softmax_scale=SCALE),  # the tiles of GPUs
         Case(b=1, t=9, s=13, h=2, softmax_scale=-0.07),
