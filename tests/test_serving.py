@@ -203,6 +203,20 @@ def test_drafts_gain_where_they_are_accepted():
     assert Plan(drafts=2, acceptance=0.5).tokens_per_step == 1 + 0.5 + 0.25
 
 
+def test_the_drafting_layer_has_a_cache_a_prefill_and_traffic():
+    plain, drafting = Plan(ep=8), Plan(ep=8, drafts=1)
+    kept = [serving.memory_parts(V3, CHIP, plan, 64, 4096, 64)["KV cache"] for plan in (plain, drafting)]
+    assert kept[1] / kept[0] == pytest.approx(62 / 61)
+    assert serving.move_cache(V3, serving.Workload(), plain, drafting, CHIP).bytes == pytest.approx(62 * 4096 * 576 * 2)
+    for decode, share in ((True, 1 / 2), (False, 1)):
+        found = serving.step(V3, CHIP, Sources(), drafting, decode=decode, b=16, s=4096)
+        assert {p.count for p in found.parts if p.layer == "communication"} == {58 + share}
+        attention = sum(p.total for p in found.parts if p.layer == "attention") / 61
+        experts = sum(p.total for p in found.parts if p.layer == "moe") / 58
+        head = sum(p.total for p in found.parts if p.layer == "head") * decode
+        assert sum(p.total for p in found.parts if p.layer == "MTP") == pytest.approx(share * (attention + experts + head))
+
+
 def test_stages_share_memory_and_keep_throughput():
     flat, deep = point(Plan(ep=8)), point(Plan(ep=8, pp=2))
     assert deep.plan.chips == 16

@@ -305,7 +305,7 @@ def held(scenario, sources, answer):
         calls = type(sources)(sources.measured, sources.tables, asked.call_latency, asked.bandwidth_share)
         decode = serving.decode_point(model, chip, calls, replace(s.decode.plan, **plan), s.decode.b, w.mean_context)
         load = replace(w, hit=asked.hit)
-        fill = serving.prefill_point(model, chip, calls, replace(s.prefill.plan, **{**plan, "drafts": 0}),
+        fill = serving.prefill_point(model, chip, calls, replace(s.prefill.plan, **plan),
                                      int(s.prefill.step.tokens), load.fresh, load.tokens["cached"])
         held = serving.service(model, chip, load, decode, fill, s.disaggregated)
         dollars = inputs.get("dollars_per_hour", answer.dollars_per_hour)

@@ -455,9 +455,10 @@ class Model:
 
     # -- memory
 
-    def kv_bytes_per_token(self, cache="bf16", tp=1):
-        """byte/token = layer * byte/(layer*token), on each chip of a TP group."""
-        return sum(b.count * b.attention.kv_bytes(cache, tp) for b in self.blocks)
+    def kv_bytes_per_token(self, cache="bf16", tp=1, drafts=False):
+        """byte/token = layer * byte/(layer*token), on each chip of a TP group; with the MTP module's layer where it drafts."""
+        last = self.blocks[-1].attention.kv_bytes(cache, tp) if drafts else 0
+        return sum(b.count * b.attention.kv_bytes(cache, tp) for b in self.blocks) + last
 
     @property
     def weight_bytes(self):

@@ -26,7 +26,8 @@ class Plan:
     ``micro_batches`` = 2 runs one half's communication beside the other half's compute (see ``elapsed``), and hides
     ``overlap`` of what can be hidden; ``comm_share`` of the compute units are then lost to communication (24 of 132 SMs in
     DeepSeek's prefill on an H800, 0 for RDMA without them).
-    ``drafts`` tokens are guessed by the MTP module and right with probability ``acceptance`` each, until the first miss.
+    ``drafts`` tokens are guessed by the MTP module, a layer with a cache of its own, which prefill fills too, and right with
+    probability ``acceptance`` each, until the first miss.
     """
 
     tp: int = 1
@@ -110,10 +111,15 @@ def memory_parts(model, chip, plan, b, s, t):
     drafter = model.mtp_params / max(plan.tp, plan.ep) if plan.drafts else 0
     return {
         "weights": model.chip_weight_bytes(plan.shard) / plan.pp + drafter,
-        "KV cache": b * s * model.kv_bytes_per_token(plan.cache, plan.tp) * plan.busy,  # a stage holds 1/pp of each batch's
+        "KV cache": b * s * cached_bytes(model, plan) * plan.busy,  # a stage holds 1/pp of each batch's
         "activations": 2 * t * (4 * model.d + (model.moe.top_k if model.moe else 1) * model.d),
         "reserve": (1 - plan.memory_share) * room,
     }
+
+
+def cached_bytes(model, plan):
+    """Bytes of a cached token on each chip of a TP group, over all stages."""
+    return model.kv_bytes_per_token(plan.cache, plan.tp, plan.drafts > 0)
 
 
 def check_memory(model, chip, plan, b, s, t):
@@ -192,8 +198,8 @@ def step(model, chip, sources, plan, *, decode, b, s, q=1, prefix=0, check=True)
     halves = plan.micro_batches if b >= plan.micro_batches else 1
     parts = [*_compute(model, chip, sources, plan, decode, ceil(b / halves), s, q, prefix)]
     moves = [*_communication(model, chip, sources, plan, ceil(t / halves), decode)]
-    if decode and plan.drafts:
-        parts += _drafting(model, parts, plan.drafts)
+    if plan.drafts:
+        parts += _drafting(model, parts, plan.drafts, decode)
     every = tuple(replace(p, count=p.count * halves) for p in (*parts, *moves))
     seconds, exposed = elapsed(every, plan, decode, halves)
     tokens = b * plan.tokens_per_step if decode else t
@@ -243,8 +249,9 @@ def _compute(model, chip, sources, plan, decode, b, s, q, prefix):
 def _communication(model, chip, sources, plan, t, decode):
     """All-reduces of a TP group, dispatch and combine of experts, and what passes from stage to stage."""
     wires = links.Links.of(chip, plan.alpha)
-    d, layers = model.d, model.layers
-    moe = sum(block.count for block in model.blocks if isinstance(block.mlp, Moe))
+    d, share = model.d, _drafted(plan.drafts, decode)
+    sparse = isinstance(model.blocks[-1].mlp, Moe)
+    layers, moe = model.layers + share, sum(b.count for b in model.blocks if isinstance(b.mlp, Moe)) + share * sparse
     if plan.tp > 1:
         size = 2 * t * d
         count = layers + (layers - moe if plan.ep > 1 else layers)  # experts on ep chips are summed by combine
@@ -273,15 +280,20 @@ def _move(chip, sources, name, kind, units, dims, count, seconds, variants=()):
         raise Unknown(f"{chip.key}: {error}") from None
 
 
-def _drafting(model, parts, drafts):
-    """The MTP module: one layer as the last and an output head for each draft."""
-    count = max(b.count for b in model.blocks[-1:])
+def _drafted(drafts, decode):
+    """Passes of the MTP module over those of the model, by tokens: each draft of a decode step; a prompt once, for its cache."""
+    return drafts / (drafts + 1) if decode else float(drafts > 0)
+
+
+def _drafting(model, parts, drafts, decode):
+    """The MTP module: one layer as the last and, in decode, an output head for each draft."""
+    share = _drafted(drafts, decode)
     for p in parts:
         if p.layer in ("attention", model.blocks[-1].name):
-            yield replace(p, layer="MTP", count=1, slot="", seconds=drafts / (drafts + 1) * p.seconds * (p.count / (
-                model.layers if p.layer == "attention" else count)))
-        elif p.layer == "head":
-            yield replace(p, layer="MTP", seconds=drafts / (drafts + 1) * p.seconds)
+            count = model.layers if p.layer == "attention" else model.blocks[-1].count
+            yield replace(p, layer="MTP", count=1, slot="", seconds=share * p.seconds * p.count / count)
+        elif p.layer == "head" and decode:
+            yield replace(p, layer="MTP", seconds=share * p.seconds)
 
 
 # ---------------------------------------------------------------- operating points
@@ -503,7 +515,7 @@ def move_cache(model, workload, fill, decode, chip):
     A decoding chip takes in what it keeps: token * byte/token / stages, of a latent cache all of it on each chip of a TP group.
     Nothing of the move hides behind prefill. Where a link is unknown it is not counted.
     """
-    each = workload.tokens_in * model.kv_bytes_per_token(decode.cache, decode.tp) / decode.pp
+    each = workload.tokens_in * cached_bytes(model, decode) / decode.pp
     size = each * decode.tp * decode.pp
     speeds = [workload.kv_bytes_per_s or c.get("scale_out_bytes_per_s") for c in chip.pools]
     if None in speeds:
@@ -615,7 +627,7 @@ def services(model, chip, sources, workload, *, chips=None, base=Plan(), prefill
     if chip.mixed and not disaggregated:
         raise wrong("chip", chip.key, "one chip, as the same chips prefill and decode")
     points = points or decode_points(model, decoder, sources, workload.mean_context, chips=chips, base=base, each=each)
-    prefills = prefill_points(model, filler, sources, workload, chips=chips, base=prefill_base or replace(base, drafts=0))
+    prefills = prefill_points(model, filler, sources, workload, chips=chips, base=prefill_base or base)
     roomy = [f for f in prefills if not workload.tier or hit_bytes(model, workload, f.plan) <= workload.tier.bytes]
     if not roomy:
         load_seconds(model, workload, prefills[-1].plan)  # raises
@@ -669,7 +681,7 @@ def serve(model, chip, sources, workload, **options):
 
 def hit_bytes(model, workload, plan):
     """byte = token * byte/token / stages: what a chip loads of a request's cached prefix."""
-    return workload.tokens["cached"] * model.kv_bytes_per_token(plan.cache, plan.tp) / plan.pp
+    return workload.tokens["cached"] * cached_bytes(model, plan) / plan.pp
 
 
 def load_seconds(model, workload, plan):
