@@ -131,6 +131,14 @@ def test_sensitivity_command():
     assert "input is 'luck'" in RUN.invoke(app, options + ["--uncertain", "luck=0..1"]).output
 
 
+def test_sensitivity_to_how_long_requests_are():
+    options = ["sensitivity", "--chip", "h200", "--speed", "20", "--samples", "20", "--format", "json", "--uncertain"]
+    found = json.loads(RUN.invoke(app, [*options, "tokens_in=2000..40000", "--uncertain", "tokens_out=500..2000"]).stdout)
+    assert found["p10"] < found["p50"] < found["p90"]  # sequences that no longer fit are decoded fewer at a time
+    assert all(0 < r["elasticity"] < 1 for r in found["inputs"])
+    assert "tokens_out is 0, allowed: greater than or equal to 1" in RUN.invoke(app, [*options, "tokens_out=0..9"]).output
+
+
 def test_sensitivity_to_what_an_owner_pays():
     spent = {"chip": 30000, "server": 6000, "network": 3000, "storage": 500, "install": 500}
     options = ["sensitivity", "--chip", "h200", "--samples", "40", *(f"--tco={k}_dollars={v}" for k, v in spent.items())]

@@ -288,11 +288,13 @@ def held(scenario, sources, answer):
     """f(**inputs) -> $/Mtok of all tokens, with the answer's plans kept and inputs changed.
 
     An input is a field of the scenario, ``dollars_per_hour``, a figure of the chip, or of one that is owned a field of [tco].
+    Tokens are rounded to whole ones; where longer contexts leave less room, fewer sequences are decoded at a time.
     """
     s, model, w = answer.service, answer.service.model, answer.service.workload
     _one_chip(answer)
 
     def price(**inputs):
+        inputs = {n: round(v) if n in WHOLE else v for n, v in inputs.items()}
         for name, value in inputs.items():
             _within(scenario, answer, name, value)
         figures = {n: v for n, v in inputs.items() if n in answer.chip.figures and n != "dollars_per_hour"}
@@ -303,8 +305,10 @@ def held(scenario, sources, answer):
         asked = scenario.model_copy(update=fields)
         plan = {n: getattr(asked, n) for n in PLAN}
         calls = type(sources)(sources.measured, sources.tables, asked.call_latency, asked.bandwidth_share)
-        decode = serving.decode_point(model, chip, calls, replace(s.decode.plan, **plan), s.decode.b, w.mean_context)
-        load = replace(w, hit=asked.hit)
+        load = replace(w, hit=asked.hit, tokens_in=asked.tokens_in, tokens_out=asked.tokens_out)
+        shared = replace(s.decode.plan, **plan)
+        room = serving.most_sequences(model, chip, shared, load.mean_context, shared.drafts + 1)
+        decode = serving.decode_point(model, chip, calls, shared, max(1, min(s.decode.b, room)), load.mean_context)
         fill = serving.prefill_point(model, chip, calls, replace(s.prefill.plan, **plan),
                                      int(s.prefill.step.tokens), load.fresh, load.tokens["cached"])
         held = serving.service(model, chip, load, decode, fill, s.disaggregated)
@@ -346,6 +350,9 @@ def _one_chip(answer):
 PLAN = ("acceptance", "imbalance", "comm_share", "overlap", "alpha", "step_overhead", "memory_share", "drafts")
 
 
+WHOLE = ("tokens_in", "tokens_out")
+
+
 def _owned(answer):
     """Inputs of what an hour costs, where the chip is owned."""
     return [n for n in tco.Tco.model_fields if n not in ("utilisation", "margin")] if "owned" in answer.rent_sources else []
@@ -367,14 +374,14 @@ def inputs_of(scenario, answer):
 
     _one_chip(answer)
     floats = [n for n, f in type(scenario).model_fields.items() if f.annotation is float and n not in ("speed", "first")]
-    allowed = [*floats, *(n for n, f in answer.chip.figures.items() if f.value is not None), *_owned(answer)]
+    allowed = [*WHOLE, *floats, *(n for n, f in answer.chip.figures.items() if f.value is not None), *_owned(answer)]
     found = {}
     for name, text in scenario.uncertain.items():
         if name not in allowed:
             raise wrong("uncertain: input", name, ", ".join(allowed))
         found[name] = uncertainty.parse(text, name)
         for end in filter(isfinite, (found[name].quantile(0), found[name].quantile(1))):
-            _within(scenario, answer, name, end)
+            _within(scenario, answer, name, round(end) if name in WHOLE else end)
     if answer.dollars_per_hour is None:
         raise CostError(f"{answer.chip.key}: $/h is unknown; give it with --dollars-per-hour {answer.chip.key}=...")
     return found
