@@ -517,6 +517,15 @@ def test_bubbles_are_a_part_of_the_tree():
     assert RUN.invoke(app, ["compare", "--chip", "h200", "--pp", "65"]).output.count("pp is 65, allowed: 1 to 61") == 1
 
 
+def test_a_front_goes_on_past_a_chip_that_has_none():
+    options = ["pareto", "--chip", "rtx4090", "--chip", "h200"]
+    text = RUN.invoke(app, options).output
+    assert "rtx4090: deepseek-v3 does not fit" in " ".join(text.split()) and "on h200" in text
+    first, *front = json.loads(RUN.invoke(app, [*options, "--format", "json"]).stdout)
+    assert first["chip"] == "rtx4090" and "does not fit" in first["why"] and {r["chip"] for r in front} == {"h200"}
+    assert RUN.invoke(app, options[:3]).exit_code == 2
+
+
 def test_compare_command():
     result = RUN.invoke(app, ["compare", "--chip", "h200", "--chip", "mi300x", "--chip", "trainium2", "--speed", "50"])
     assert result.exit_code == 0, result.output

@@ -145,13 +145,18 @@ def compare(scenario, format: str = FORMAT):
 @scenario_command
 def pareto(scenario, format: str = FORMAT):
     """Throughput of a chip against the speed of a user: the plans and batches that no other beats in both, and their $."""
+    from kernomics.cost import CostError, console
     from kernomics.cost import compare as answers
-    from kernomics.cost import console
 
     sources, measured = scenario.sources()
-    rows = []
-    for chip in scenario.load_chips(measured):
-        found = answers.pareto(scenario, sources, chip)
+    rows, chips = [], scenario.load_chips(measured)
+    for chip in chips:
+        try:
+            found = answers.pareto(scenario, sources, chip)
+        except CostError as error:
+            if len(chips) == 1:
+                raise
+            found = [answers.refused(scenario, chip, error)]
         rows += [console.answer_dict(a) for a in found]
         if not format:
             console.show_pareto(scenario, chip, found)

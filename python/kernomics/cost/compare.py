@@ -238,7 +238,7 @@ def compare(scenario, sources, chips, each=None):
         try:
             answers.append(_answer(scenario, chip, serving.serve(model, chip, sources, scenario.workload(), **scenario.setup())))
         except CostError as error:
-            answers.append(_answer(scenario, chip, None, str(error)))
+            answers.append(refused(scenario, chip, error))
     return sorted(answers, key=lambda a: (a.service is None, a.dollars is None, a.dollars or 0.0))
 
 
@@ -282,6 +282,11 @@ def _answer(scenario, chip, service, why=""):
     rents, where = zip(*map(scenario.rent, chip.pools))
     return Answer(chip, service, rents, scenario.utilisation, scenario.named_allocation, scenario.sold, scenario.requests_per_s,
                   where, why, scenario.profile, tuple(map(scenario.hourly, chip.pools)))
+
+
+def refused(scenario, chip, error):
+    """The Answer of a chip that has none."""
+    return _answer(scenario, chip, None, str(error))
 
 
 def held(scenario, sources, answer):

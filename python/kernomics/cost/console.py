@@ -78,7 +78,7 @@ def money_cells(a, kinds):
 def answer_dict(a):
     """One answer, SI units and dollars."""
     known = {"chip": a.chip.key, "dollars_per_hour": a.dollars_per_hour,
-             "dollars_are": "; ".join(dict.fromkeys(a.rent_sources)), "why": a.why}
+             "dollars_are": "; ".join(dict.fromkeys(a.rent_sources)) if None not in a.rents else "unknown", "why": a.why}
     if a.chip.mixed:
         known |= dict(zip(("prefill_dollars_per_hour", "decode_dollars_per_hour"), a.rents))
     s = a.service
@@ -290,6 +290,9 @@ def show_sweep(scenario, chip, found):
 
 def show_pareto(scenario, chip, rows):
     out, table = console(), Table(box=None, padding=(0, 1, 0, 0))
+    if rows[0].why:
+        out.print(f"{chip.key}: {rows[0].why}", style="red", highlight=False, markup=False)
+        return
     where = "pools of their own" if scenario.disaggregated else "the same chips"
     out.print(f"[bold]{scenario.model}[/] on [bold]{chip.key}[/], {scenario.tokens_in:,} tokens in ({100 * scenario.hit:.0f} % "
               f"cached), {scenario.tokens_out:,} out, prefill and decode on {where}: no plan beats these in both speeds",
