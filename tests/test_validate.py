@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kernomics.cli import app
-from kernomics.cost import CostError, validate
+from kernomics.cost import CostError, aic, validate
 
 ENV = validate.Env(os.environ.get("KERNOMICS_INFERSIM"))
 RUN = CliRunner()
@@ -129,6 +129,16 @@ def test_sensitivity_command():
     assert again == found
     assert RUN.invoke(app, options).exit_code == 2
     assert "input is 'luck'" in RUN.invoke(app, options + ["--uncertain", "luck=0..1"]).output
+
+
+@pytest.mark.skipif(aic.systems() is None, reason="no aiconfigurator-core here (install it, or set KERNOMICS_AIC)")
+def test_sensitivity_to_tables_that_are_off():
+    options = ["sensitivity", "--chip", "h200", "--speed", "20", "--samples", "20", "--format", "json", "--uncertain"]
+    slope = {}
+    for tables in ([], ["--tables", "aic"]):
+        found = json.loads(RUN.invoke(app, [*options, "kernel_times=0.8..1.2", *tables]).stdout)
+        slope[bool(tables)] = found["inputs"][0]["elasticity"]
+    assert slope[False] == 0 and 0.7 < slope[True] < 1  # bounds are not measured
 
 
 def test_sensitivity_to_how_long_requests_are():

@@ -41,6 +41,7 @@ SCENARIO = {  # an option for each field of cost.scenario.Scenario, where its de
     "step_overhead": (float, "Seconds a step of host and launch time [0]."),
     "call_latency": (float, "Seconds that a call nobody measured takes beyond its roofline [0: a bound]."),
     "bandwidth_share": (float, "Share of the memory bandwidth that such calls reach [1: a bound]."),
+    "kernel_times": (float, "Factor on the times of records and tables, which may be off [1]."),
     "memory_share": (float, "Share of a chip's memory for weights and cache [0.9]."),
     "dollars_per_hour": (list[str], "h200=2.5, repeatable. Default: the rental of chips.toml."),
     "tco": (list[str], "Own the chips: a field of the tco command, as server_dollars=25000; repeatable. In a file: [tco], and "

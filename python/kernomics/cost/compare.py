@@ -309,7 +309,7 @@ def held(scenario, sources, answer):
         fields = {n: v for n, v in inputs.items() if n not in answer.chip.figures and n not in owned}
         asked = scenario.model_copy(update=fields)
         plan = {n: getattr(asked, n) for n in PLAN}
-        calls = type(sources)(sources.measured, sources.tables, asked.call_latency, asked.bandwidth_share)
+        calls = type(sources)(sources.measured, sources.tables, asked.call_latency, asked.bandwidth_share, asked.kernel_times)
         load = replace(w, hit=asked.hit, tokens_in=asked.tokens_in, tokens_out=asked.tokens_out)
         shared = replace(s.decode.plan, **plan)
         room = serving.most_sequences(model, chip, shared, load.mean_context, shared.drafts + 1)

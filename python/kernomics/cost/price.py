@@ -53,15 +53,18 @@ class Sources:
     """Where seconds come from, best first: bench records, imported tables, the roofline.
 
     ``call_latency`` seconds a call and ``bandwidth_share`` of the memory bandwidth derate the roofline; 0 and 1 bound it.
+    What is known from records and tables is multiplied by ``kernel_times``.
     """
 
-    def __init__(self, measured=None, tables=(), call_latency=0.0, bandwidth_share=1.0):
+    def __init__(self, measured=None, tables=(), call_latency=0.0, bandwidth_share=1.0, kernel_times=1.0):
         if not 0 <= call_latency < 1:
             raise wrong("call_latency", call_latency, "seconds, 0 to below 1")
         if not 0 < bandwidth_share <= 1:
             raise wrong("bandwidth_share", bandwidth_share, "above 0 to 1")
+        if not 0 < kernel_times <= 100:
+            raise wrong("kernel_times", kernel_times, "above 0 to 100")
         self.measured, self.tables, self._known = measured or Measured([]), tuple(tables), {}
-        self.call_latency, self.bandwidth_share = call_latency, bandwidth_share
+        self.call_latency, self.bandwidth_share, self.kernel_times = call_latency, bandwidth_share, kernel_times
 
     def time(self, row, chip):
         _, known = self._known.setdefault(id(chip), (chip, {}))  # the chip is kept, so its id stays its own
@@ -69,7 +72,8 @@ class Sources:
         found = known.get(key)
         if found is None:
             found = known[key] = self._time(row, chip)
-        return Timed(row, found.seconds, found.mark, found.why, found.source, found.sigma, found.includes)
+        seconds = found.seconds if found.mark in (BOUND, DERATED) else self.kernel_times * found.seconds
+        return Timed(row, seconds, found.mark, found.why, found.source, found.sigma, found.includes)
 
     def _time(self, row, chip):
         found = self.measured.seconds(chip.key, row.op, row.dims) if row.op else None

@@ -69,6 +69,7 @@ class Scenario(Checked):
     step_overhead: float = Field(0.0, ge=0, le=3600, description="seconds a step of host and launch time")
     call_latency: float = Field(0.0, ge=0, lt=1, description="seconds a call that nobody measured takes beyond its roofline")
     bandwidth_share: float = Field(1.0, gt=0, le=1, description="of the memory bandwidth that such calls reach")
+    kernel_times: float = Field(1.0, gt=0, le=100, description="factor on times of records and tables, which may be off")
     memory_share: float = Field(MEMORY_SHARE, gt=0, le=1, description="of a chip's memory for weights and cache")
     dollars_per_hour: dict[str, float] = Field({}, description="$/h by chip; default: that of chips.toml")
     tco: dict[str, float | dict[str, float]] = Field({}, description="fields of tco.Tco for every chip, tables of them for one: "
@@ -215,7 +216,7 @@ class Scenario(Checked):
         measured = Measured(read(self.records))
         chips = list(dict.fromkeys(name for entry in self.chip for name in _pools(entry)))
         tables = [t for name in self.tables for t in open_tables(name, chips)]
-        return Sources(measured, tables, self.call_latency, self.bandwidth_share), measured
+        return Sources(measured, tables, self.call_latency, self.bandwidth_share, self.kernel_times), measured
 
 
 def _pools(entry):
