@@ -236,3 +236,27 @@ def test_peers_of_gpus_compute_the_same(name, label, case):
     assert (got - want).norm() < 0.02 * want.norm()
     with pytest.raises(ImportError, match="deep_gemm_of_nobody is not installed"):
         gpu_peers.need("deep_gemm_of_nobody")
+
+
+SMALL_CASES = [pytest.param(op, case, id=f"{op.name}-{case.id}") for op in OPS.values() if op.rows
+               for case in op.cases if not case.bench and op.work(**case).flops < 3e6
+               and all(0 not in x[1] for x in op.layout(case).values() if x)]
+
+
+@pytest.mark.parametrize("op, case", SMALL_CASES)
+def test_drawn_rows_are_rows_of_the_whole(op, case):
+    """The definition of the drawn inputs is what is drawn of the definition."""
+    inputs, scalars = numpy_ops.sample(op, case)
+    whole = op.define(**inputs, **scalars)
+    some, of_whole = numpy_ops.sampled_rows(op, inputs, list(whole if isinstance(whole, tuple) else (whole,)), 4)
+    again = op.define(**some, **scalars)
+    for a, b in zip(again if isinstance(again, tuple) else (again,), of_whole, strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=1e-9, atol=1e-12)
+
+
+def test_large_gpu_cases_are_judged_on_drawn_rows():
+    """A definition over gigabytes takes minutes and tens of GB. Those without rows copy bits."""
+    from kernomics.bench import gpu
+
+    large = {name for name, cases in gpu.CASES.items() for c in cases if OPS[name].work(**c).bytes > 3e8}
+    assert {name for name in large if OPS[name].rows is None} <= {"moe_permute"}
