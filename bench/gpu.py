@@ -6,6 +6,8 @@ finds them in memory and not in L2, because the graph's calls take copies in tur
 
 import os
 import re
+import subprocess
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timezone
 from importlib import import_module
@@ -282,8 +284,20 @@ def show(console, done):
         console.print("no time for {} by {}: {}".format(*reason), style="dim")
 
 
+def answers():
+    """Whether the GPU still works for this process: after an illegal address it does not."""
+    try:
+        torch.cuda.synchronize()
+        return True
+    except RuntimeError:
+        return False
+
+
 def main(ops=None, folder=None, peers=True, console=None):
-    """Bench on the GPU; returns the rows. Records go to ``<folder>/<chip>.jsonl``, by default out/."""
+    """Bench on the GPU; returns the rows. Records go to ``<folder>/<chip>.jsonl``, by default out/.
+
+    A kernel (or a peer) that breaks the GPU for this process ends its op; a new process runs the ops after it.
+    """
     console = console or Console(width=100)
     module = None
     if peers:
@@ -301,8 +315,11 @@ def main(ops=None, folder=None, peers=True, console=None):
             progress.update(task, description=title)
             done.append(bench_case(op, kernel, case, limits, module,
                                    lambda name, title=title: progress.update(task, description=f"{title}: {name}")))
-            torch.cuda.empty_cache()
             progress.advance(task)
+            if not answers():
+                done[-1]["failed"] = done[-1]["failed"] or "a peer broke the GPU"
+                break
+            torch.cuda.empty_cache()
     show(console, done)
     found = run.versions() | {"triton": import_module("triton").__version__, "cuda": torch.version.cuda or torch.version.hip}
     meta = {"versions": found, "commit": os.environ.get("KERNOMICS_COMMIT") or run.commit(),
@@ -312,6 +329,14 @@ def main(ops=None, folder=None, peers=True, console=None):
     if made:
         run.write(made, path)
         console.print(f"{len(made)} records in {path}", style="dim")
+    left = [op.name for op, _, _ in todo[len(done):]]
+    if left:
+        name = done[-1]["op"].name
+        console.print(f"The last row broke the GPU for this process: {left.count(name)} rows of {name} are not run", style="red")
+        rest = dict.fromkeys(n for n in left if n != name)
+        flags = [*(f"--op={n}" for n in rest), f"--results={path.parent}", *([] if peers else ["--no-peers"])]
+        if rest:
+            subprocess.run([sys.executable, "-m", "kernomics.bench.gpu", *flags])
     return done
 
 
@@ -341,7 +366,6 @@ def dry(ops=None, console=None):
 
 if __name__ == "__main__":  # make gpu: a machine that has no pydantic, which newer typer needs
     import argparse
-    import sys
 
     parser = argparse.ArgumentParser(description="Judge and time the GPU kernels.")
     parser.add_argument("--op", action="append", choices=list(OPS), help="only this op; repeatable")

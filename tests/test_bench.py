@@ -260,3 +260,30 @@ def test_large_gpu_cases_are_judged_on_drawn_rows():
 
     large = {name for name, cases in gpu.CASES.items() for c in cases if OPS[name].work(**c).bytes > 3e8}
     assert {name for name in large if OPS[name].rows is None} <= {"moe_permute"}
+
+
+@pytest.mark.parametrize("peers", [True, False])
+def test_a_broken_gpu_costs_the_rest_of_its_op_alone(peers, monkeypatch, tmp_path, capsys):
+    """After an illegal address this process can do no more on the GPU; a new one runs the ops that are left."""
+    from types import SimpleNamespace
+
+    import torch
+    from kernomics.bench import gpu
+
+    from kernomics import chip
+
+    commands, turns = [], iter([True, True, False])
+    monkeypatch.setattr(gpu.chip, "current", lambda index: chip.FAMILIES["sm90"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(gpu, "ceilings", lambda: {})
+    monkeypatch.setattr(gpu, "compile_all", lambda *args: None)
+    monkeypatch.setattr(gpu, "bench_case", lambda op, kernel, case, *more: {
+        "op": op, "kernel": kernel, "case": case, "failed": "wrong", "peers": []})
+    monkeypatch.setattr(gpu, "answers", lambda: next(turns))
+    monkeypatch.setattr(gpu, "subprocess", SimpleNamespace(run=lambda command: commands.append(command[2:])))
+    done = gpu.main(["moe_route", "moe_combine", "mla_index"], tmp_path, peers)
+    assert [row["op"].name for row in done] == ["moe_route"] * 3
+    assert commands == [["kernomics.bench.gpu", "--op=moe_combine", "--op=mla_index", f"--results={tmp_path}",
+                         *([] if peers else ["--no-peers"])]]
+    assert "3 rows of moe_route are not run" in capsys.readouterr().out
