@@ -95,12 +95,14 @@ def compile_op(name, target):
 
 
 def compile_all(ops, target, console):
-    """Compile all rows' kernels, each op in a process of its own: one after the other they would take minutes."""
+    """Compile all rows' kernels, each op in a process of its own: one after the other they would take minutes. A kernel that
+    does not compile fails in its row."""
     names = sorted({op.name for op, kernel, _ in rows(ops) if kernel.name == "triton"})
     with ProcessPoolExecutor(min(os.cpu_count() or 1, len(names)), get_context("spawn")) as pool:
         jobs = [pool.submit(compile_op, name, target) for name in names]
-        for job in track(jobs, "compiling", console=console, transient=True):
-            job.result()
+        for name, job in zip(names, track(jobs, "compiling", console=console, transient=True)):
+            if error := job.exception():
+                console.print(f"{name} does not compile: {type(error).__name__}", style="red")
 
 
 # ---------------------------------------------------------------- the chip

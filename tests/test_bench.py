@@ -287,3 +287,21 @@ def test_a_broken_gpu_costs_the_rest_of_its_op_alone(peers, monkeypatch, tmp_pat
     assert commands == [["kernomics.bench.gpu", "--op=moe_combine", "--op=mla_index", f"--results={tmp_path}",
                          *([] if peers else ["--no-peers"])]]
     assert "3 rows of moe_route are not run" in capsys.readouterr().out
+
+
+def test_a_kernel_that_does_not_compile_fails_alone(monkeypatch, capsys):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from kernomics.bench import gpu
+    from rich.console import Console
+
+    def compile_op(name, target):
+        if name == "mla_index":
+            raise RuntimeError("ptxas died")
+        done.append(name)
+
+    done = []
+    monkeypatch.setattr(gpu, "ProcessPoolExecutor", lambda n, context: ThreadPoolExecutor(n))
+    monkeypatch.setattr(gpu, "compile_op", compile_op)
+    gpu.compile_all(["mla_index", "moe_route"], None, Console())
+    assert done == ["moe_route"] and "mla_index does not compile: RuntimeError" in capsys.readouterr().out
