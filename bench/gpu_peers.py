@@ -114,12 +114,38 @@ def deep_gemm_grouped(x):
 @peer("FlashMLA", "mla_decode")
 def flash_mla(x):
     lib = need("flash_mla")
-    fp8 = x.kv_cache.dtype == torch.uint8
-    b, q, h, _ = x.q.shape
-    cache = x.kv_cache.unsqueeze(2)
-    meta, splits = lib.get_mla_metadata(x.seq_lens, q * h, 1, h, fp8) if fp8 else lib.get_mla_metadata(x.seq_lens, q * h, 1)
-    return lambda: lib.flash_mla_with_kvcache(x.q, cache, x.block_table, x.seq_lens, 512, meta, splits,
+    if x.kv_cache.dtype == torch.uint8:
+        return flash_mla_fp8(lib, x, tokens_seen(x))
+    meta, splits = lib.get_mla_metadata(x.seq_lens, x.q.shape[1] * x.q.shape[2], 1)
+    return lambda: lib.flash_mla_with_kvcache(x.q, x.kv_cache.unsqueeze(2), x.block_table, x.seq_lens, 512, meta, splits,
                                               softmax_scale=x.softmax_scale, causal=x.causal)
+
+
+@peer("FlashMLA", "mla_decode_sparse")
+def flash_mla_sparse(x):
+    lib = need("flash_mla")
+    if x.kv_cache.dtype == torch.uint8:
+        return flash_mla_fp8(lib, x, x.indices)
+    q, keys, indices = x.q.flatten(0, 1), x.kv_cache.view(-1, 1, 576), x.indices.flatten(0, 1).unsqueeze(1)
+    return lambda: lib.flash_mla_sparse_fwd(q, keys, indices, x.softmax_scale)[0].view(*x.q.shape[:3], 512)
+
+
+def flash_mla_fp8(lib, x, indices):
+    """It reads the 656-byte cache by lists of tokens alone."""
+    b, q, h, _ = x.q.shape
+    lens = torch.full((b,), indices.shape[-1], dtype=torch.int32, device=x.q.device)
+    meta, splits = lib.get_mla_metadata(lens, q * h, 1, h, True, indices.shape[-1])
+    return lambda: lib.flash_mla_with_kvcache(x.q, x.kv_cache.unsqueeze(2), None, lens, 512, meta, splits,
+                                              softmax_scale=x.softmax_scale, is_fp8_kvcache=True, indices=indices)
+
+
+def tokens_seen(x):
+    """The tokens that each query of an ``mla_decode`` sees, as ``mla_decode_sparse`` lists them."""
+    page, q = x.kv_cache.shape[1], x.q.shape[1]
+    key = torch.arange(x.block_table.shape[1] * page, device=x.q.device, dtype=torch.int32)
+    later = torch.arange(q - 1, -1, -1, device=x.q.device, dtype=torch.int32) if x.causal else key.new_zeros(q)
+    seen = key < (x.seq_lens[:, None] - later)[..., None]
+    return torch.where(seen, (x.block_table[:, key // page] * page + key % page)[:, None], -1)
 
 
 @peer("FlashInfer", "mla_decode")

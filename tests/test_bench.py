@@ -238,6 +238,27 @@ def test_peers_of_gpus_compute_the_same(name, label, case):
         gpu_peers.need("deep_gemm_of_nobody")
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("layout", ["bf16", "u8"])
+def test_tokens_seen_are_those_of_the_block_table(causal, layout):
+    """For FlashMLA, which reads the 656-byte cache by lists of tokens."""
+    from types import SimpleNamespace
+
+    from kernomics.bench import gpu_peers
+
+    from kernomics.torch_ops import from_numpy
+
+    case = Case(b=3, q=3, h=2, lens=(40, 2, 17), page=7, p=11, n=7, softmax_scale=0.07, kv_cache=layout, causal=causal)
+    inputs, scalars = numpy_ops.sample(OPS["mla_decode"], case)
+    given = {n: from_numpy(inputs[n]) for n in ("q", "kv_cache", "block_table", "seq_lens")}
+    indices = gpu_peers.tokens_seen(SimpleNamespace(**given, causal=causal)).numpy()
+    assert indices.dtype == np.int32
+    want = OPS["mla_decode"].define(**inputs, **scalars)
+    got = OPS["mla_decode_sparse"].define(inputs["q"], inputs["kv_cache"], indices, softmax_scale=0.07)
+    for a, b in zip(got, want):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
 SMALL_CASES = [pytest.param(op, case, id=f"{op.name}-{case.id}") for op in OPS.values() if op.rows
                for case in op.cases if not case.bench and op.work(**case).flops < 3e6
                and all(0 not in x[1] for x in op.layout(case).values() if x)]
