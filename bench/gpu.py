@@ -309,6 +309,10 @@ def main(ops=None, folder=None, peers=True, console=None):
     console.print(f"{torch.cuda.get_device_name(0)} as {key}: {shown}/s")
     compile_all(ops, chip.current(0), console)
     todo, done = list(rows(ops, chip.current(0).family)), []
+    found = run.versions() | {"triton": import_module("triton").__version__, "cuda": torch.version.cuda or torch.version.hip}
+    meta = {"versions": found, "commit": os.environ.get("KERNOMICS_COMMIT") or run.commit(),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    path = Path(folder or "out") / f"{key}.jsonl"
     with Progress(TextColumn("{task.description:<62.62}"), BarColumn(15), MofNCompleteColumn(), TimeElapsedColumn(),
                   console=console, transient=True) as progress:
         task = progress.add_task("", total=len(todo))
@@ -321,16 +325,13 @@ def main(ops=None, folder=None, peers=True, console=None):
             if not answers():
                 done[-1]["failed"] = done[-1]["failed"] or "a peer broke the GPU"
                 break
+            if not done[-1]["failed"]:
+                run.write([record(done[-1], key, meta)], path)  # at once: a kernel that hangs ends the bench
             torch.cuda.empty_cache()
     show(console, done)
-    found = run.versions() | {"triton": import_module("triton").__version__, "cuda": torch.version.cuda or torch.version.hip}
-    meta = {"versions": found, "commit": os.environ.get("KERNOMICS_COMMIT") or run.commit(),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-    made = [record(row, key, meta) for row in done if not row["failed"]]
-    path = Path(folder or "out") / f"{key}.jsonl"
+    made = sum(not row["failed"] for row in done)
     if made:
-        run.write(made, path)
-        console.print(f"{len(made)} records in {path}", style="dim")
+        console.print(f"{made} records in {path}", style="dim")
     left = [op.name for op, _, _ in todo[len(done):]]
     if left:
         name = done[-1]["op"].name

@@ -300,7 +300,9 @@ def test_a_broken_gpu_costs_the_rest_of_its_op_alone(peers, monkeypatch, tmp_pat
     monkeypatch.setattr(gpu, "ceilings", lambda: {})
     monkeypatch.setattr(gpu, "compile_all", lambda *args: None)
     monkeypatch.setattr(gpu, "bench_case", lambda op, kernel, case, *more: {
-        "op": op, "kernel": kernel, "case": case, "failed": "wrong", "peers": []})
+        "op": op, "kernel": kernel, "case": case, "work": op.work(**case), "failed": "" if kernel.name == "triton" else "wrong",
+        "error": 0.0, "peers": [], "cold": False, "peaks": {"bytes_copy": 4e12, "flops_bf16": 8e14},
+        "timing": timing.Timing(1e-5, 1e-5, 1e-5, 40)})
     monkeypatch.setattr(gpu, "answers", lambda: next(turns))
     monkeypatch.setattr(gpu, "subprocess", SimpleNamespace(run=lambda command: commands.append(command[2:])))
     done = gpu.main(["moe_route", "moe_combine", "mla_index"], tmp_path, peers)
@@ -308,6 +310,8 @@ def test_a_broken_gpu_costs_the_rest_of_its_op_alone(peers, monkeypatch, tmp_pat
     assert commands == [["kernomics.bench.gpu", "--op=moe_combine", "--op=mla_index", f"--results={tmp_path}",
                          *([] if peers else ["--no-peers"])]]
     assert "3 rows of moe_route are not run" in capsys.readouterr().out
+    (record,) = map(json.loads, (tmp_path / "h200.jsonl").read_text().splitlines())
+    assert (record["op"], record["kernel"], record["chip"]) == ("moe_route", "triton", "h200")
 
 
 def test_a_kernel_that_does_not_compile_fails_alone(monkeypatch, capsys):
