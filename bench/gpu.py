@@ -162,7 +162,7 @@ def ceilings():
         one = torch.ones((), device="cuda")
         call = lambda: torch._scaled_mm(a8, b8, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)  # noqa: E731
         found["flops_fp8"] = 2 * n**3 / measure([call], 20).median
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         pass  # a chip without FP8 products has no such ceiling
     found["memory_bytes"] = torch.cuda.get_device_properties(0).total_memory
     return found
