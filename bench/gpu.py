@@ -187,13 +187,13 @@ def bench_case(op, kernel, case, drawn, limits, peers, tick=lambda name: None):
     work = op.work(**case)
     row = {"op": op, "kernel": kernel, "case": case, "work": work, "failed": "", "peers": []}
     arrays, scalars = drawn
-    inputs = {n: x if x is None else from_numpy(x).cuda() for n, x in arrays.items()}
 
     def call_on(given):
         args = [*given.values(), *scalars.values()]
         return lambda: op.torch_call(*args, kernel.name)
 
     try:
+        inputs = {n: x if x is None else from_numpy(x).cuda() for n, x in arrays.items()}
         result = call_on(inputs)()
         torch.cuda.synchronize()
         tensors = inputs if op.mutates else {}
