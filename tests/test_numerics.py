@@ -47,6 +47,16 @@ def test_round_bf16():
     assert np.array_equal(nm.round_bf16(x), x.astype(ml_dtypes.bfloat16).astype(np.float64))
 
 
+@pytest.mark.parametrize("block", [(1, 128), (128, 128), (128, 1)])
+@pytest.mark.parametrize("shape", [(300, 387), (2, 129, 200), (0, 128), (3, 0), (0, 129, 200)])
+def test_dequantize_is_a_product_with_the_spread_scale(shape, block):
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 256, shape, np.uint8)
+    s = rng.random((*shape[:-2], *(-(-n // b) for n, b in zip(shape[-2:], block))), np.float32)
+    want = nm.e4m3_decode(codes) * nm.spread(s.astype(np.float64), block, shape)
+    assert nm.dequantize(codes, s, block).tobytes() == want.tobytes()
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300), st.sampled_from([(1, 128), (128, 128), (128, 1)]),
        st.sampled_from(["f32", "pow2"]), st.integers(0, 2**32 - 1))

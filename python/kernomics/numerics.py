@@ -106,7 +106,11 @@ def spread(scale, block, shape):
 
 def dequantize(codes, scale, block):
     """float64 ``codes * scale`` with one scale per ``block`` of the last two dims."""
-    return e4m3_decode(codes) * spread(np.asarray(scale, np.float64), block, codes.shape)
+    x, (b0, b1) = e4m3_decode(codes), block
+    columns = np.repeat(np.asarray(scale, np.float64), b1, axis=-1)[..., : x.shape[-1]]
+    for i in range(columns.shape[-2]) if b0 > 1 else ():  # in place: `spread` over both dims takes ten times as long
+        x[..., i * b0 : (i + 1) * b0, :] *= columns[..., i : i + 1, :]
+    return x if b0 > 1 else np.multiply(x, columns, out=x)
 
 
 def block_scale(x, block, scale="f32", floor=1e-4):
