@@ -78,9 +78,10 @@ def untouched(whole, size):
     return bool((whole[:GUARD] == 0xFF).all() and (whole[GUARD + size:] == 0xFF).all())
 
 
-def call(op, kernel, inputs, scalars):
-    """The kernel's results in poisoned outputs, with a poisoned workspace, as NumPy arrays; nothing else has changed."""
-    _, _, values = numpy_ops.checked(op, list(inputs.values()), list(scalars.values()))
+def call(op, kernel, inputs, scalars, valid=None):
+    """The kernel's results in poisoned outputs, with a poisoned workspace, as NumPy arrays; nothing else has changed.
+    ``valid``: inputs of the same shapes where these are none that a caller may give."""
+    _, _, values = numpy_ops.checked(op, list((valid or inputs).values()), list(scalars.values()))
     dims, codes, _, _ = op.bind(*inputs.values(), *values)
     kernel.load()
     laid = {n: (None, None) if x is None else guarded(x) for n, x in inputs.items()}
@@ -174,6 +175,35 @@ def test_the_last_of_one_slot_wins(layout, few, monkeypatch, assume):
     last = {n: x if x is None or n == "kv_cache" else x[13:] for n, x in inputs.items()}
     (got,), (want,) = (call(op, kernel, copies(x), scalars) for x in (inputs, last))
     assert got.tobytes() == want.tobytes()
+
+
+@pytest.mark.parametrize("name", ["mla_prefill", "mla_prefill_backward"])
+def test_wrong_offsets_give_nan(name, assume):
+    """Offsets on a GPU are checked by no host: not from 0, falling, not to the end, far outside."""
+    assume("sm90")
+    op = OPS[name]
+    kernel = next(k for k in op.kernels if k.name == "triton")
+    index = next(i for i, c in enumerate(op.cases) if (c["b"], c["t"]) == (3, 11))
+    inputs, scalars = drawn(name, index)
+    assert not any(np.isnan(x.astype(np.float32)).all() for x in call(op, kernel, copies(inputs), scalars))
+    wrong = (("cu_q", (1, 3, 10, 11)), ("cu_q", (0, 7, 3, 11)), ("cu_k", (0, 13, 17, 19)), ("cu_k", (0, 2**31 - 1, -5, 20)))
+    for offsets, values in wrong:
+        got = call(op, kernel, copies(inputs) | {offsets: np.int32(values)}, scalars, inputs)
+        assert all(np.isnan(x.astype(np.float32)).all() for x in got)
+
+
+@pytest.mark.parametrize("kernel", [k for k in OPS["moe_combine"].kernels if k.on != "cpu"], ids=lambda k: k.name)
+def test_wrong_rows_give_nan(kernel, assume):
+    """A row that is none makes its token NaN, a dropped one does nothing, the other tokens are right."""
+    if INTERPRET and kernel.name != "triton":
+        pytest.skip("the interpreter runs Triton's kernels")
+    assume("sm90")
+    y, row_of = np.ones((4, 5), np.float32), np.int32([[3, 0], [1, -1]])
+    for weights in (None, np.ones((2, 2), np.float32)):
+        valid = {"y": y, "row_of": row_of, "weights": weights}
+        for row in (4, -2, 2**31 - 1, -2**31):
+            (got,) = call(OPS["moe_combine"], kernel, valid | {"row_of": np.int32([[3, row], [1, -1]])}, {}, valid)
+            assert np.isnan(got[0]).all() and (got[1] == 1).all()
 
 
 @pytest.mark.skipif(not INTERPRET, reason="patches the interpreter")

@@ -139,6 +139,39 @@ def kernel(q, k, v, k_low, k_high, v_all, cu_q, cu_k, out, lse, t, s, h, b, grou
     tl.store(lse + head.to(tl.int64) * t + q0 + row, top * 0.6931471805599453 + tl.log(total), mask=inside)
 
 
+@triton.jit
+def refuse_kernel(cu_q, cu_k, x, y, z, t, s, b, x_size, y_size, z_size, BLOCK: tl.constexpr):
+    """Results are NaN where offsets do not start at 0, fall, or do not end at ``t`` and ``s``."""
+    wrong = (tl.load(cu_q) != 0) | (tl.load(cu_k) != 0) | (tl.load(cu_q + b) != t) | (tl.load(cu_k + b) != s)
+    for i in range(0, b, BLOCK):
+        at = i + tl.arange(0, BLOCK)
+        inside = at < b
+        falls = tl.load(cu_q + at, mask=inside, other=0) > tl.load(cu_q + at + 1, mask=inside, other=0)
+        falls |= tl.load(cu_k + at, mask=inside, other=0) > tl.load(cu_k + at + 1, mask=inside, other=0)
+        wrong |= tl.max(falls.to(tl.int32), axis=0) > 0
+    if wrong:
+        fill(x, x_size, BLOCK)
+        fill(y, y_size, BLOCK)
+        if z is not None:
+            fill(z, z_size, BLOCK)
+
+
+@triton.jit
+def fill(x, size, BLOCK: tl.constexpr):
+    """NaN everywhere, by all programs."""
+    for i in range(tl.program_id(0).to(tl.int64) * BLOCK, size, tl.num_programs(0) * BLOCK):
+        at = i + tl.arange(0, BLOCK)
+        tl.store(x + at, tl.full((BLOCK,), float("nan"), x.dtype.element_ty), mask=at < size)
+
+
+def refuse(cu_q, cu_k, t, s, b, chip, *results):
+    """Two or three results become NaN where the offsets are wrong. A launch of its own: the registers of the others are full."""
+    sizes = [x.numel() for x in results]
+    pad = [None] * (3 - len(results))
+    if max(sizes):
+        run(refuse_kernel, (chip.units,), cu_q, cu_k, *results, *pad, t, s, b, *sizes, *[0] * len(pad), BLOCK=1024, num_warps=4)
+
+
 def group_of(h, length):
     """Heads of a group: those whose keys and values, or queries and their gradients, L2 holds."""
     return max(1, min(h, L2 // (640 * max(1, length))))
@@ -153,7 +186,7 @@ def launch(q, k, v, cu_q, cu_k, out, lse, workspace, softmax_scale, causal):
     (t, h, _), s, b, chip = q.shape, k.shape[0], cu_q.shape[0] - 1, chip_of(q)
     bm, bn, warps, stages = tile({"t": t, "s": s, "h": h, "b": b}, chip)
     group = group_of(h, s // max(1, b))
-    grid = ((t // bm + b) * h if t else 0,)
+    grid = ((t // bm + b) * h if t and b else 0,)
     tma = chip.tma and s > 0 and h > 0 and k.data_ptr() % 16 == v.data_ptr() % 16 == 0
     k_low, k_high, v_all = k, k, v
     if tma:
@@ -161,3 +194,4 @@ def launch(q, k, v, cu_q, cu_k, out, lse, workspace, softmax_scale, causal):
     run(kernel, grid, q, k, v, k_low, k_high, v_all, cu_q, cu_k, out, lse, t, s, h, b, group, abs(softmax_scale) * LOG2E,
         h * 128, CAUSAL=causal, NEGATIVE=softmax_scale < 0, BM=bm, BN=bn, EDGE=min(bn, 64),
         STAGES=stages, TMA=tma, num_warps=warps, num_stages=stages)
+    refuse(cu_q, cu_k, t, s, b, chip, out, lse)

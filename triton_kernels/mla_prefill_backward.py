@@ -6,7 +6,7 @@ Both compute the scores anew: 1152 products a pair where one kernel with atomics
 import triton
 import triton.language as tl
 from kernomics.triton_kernels.common import LOG2E, chip_of, run
-from kernomics.triton_kernels.mla_prefill import boxes, group_of, keys_seen, place, rows, span
+from kernomics.triton_kernels.mla_prefill import boxes, group_of, keys_seen, place, refuse, rows, span
 
 LARGE = "sm90", "sm100", "sm103"  # operands of products in shared memory, tiles by TMA
 
@@ -166,7 +166,7 @@ def launch(dout, dlse, q, k, v, out, lse, cu_q, cu_k, dq, dk, dv, workspace, sof
     k_low, k_high, v_all = k, k, v
     if tma:
         k_low, k_high, v_all = boxes(k, h * 192, (bn, 128)), boxes(k, h * 192, (bn, 64)), boxes(v, h * 128, (bn, 128))
-    grid = ((t // bm + b) * h if t else 0,)
+    grid = ((t // bm + b) * h if t and b else 0,)
     run(queries, grid, dout, dlse, q, k, v, out, lse, cu_q, cu_k, dq, delta, k_low, k_high, v_all, *sizes,
         group_of(h, s // max(1, b)), softmax_scale * LOG2E, h * 64, CAUSAL=causal, BM=bm, BN=bn, EDGE=edge,
         STAGES=stages, TMA=tma, num_warps=warps, num_stages=stages)
@@ -175,8 +175,9 @@ def launch(dout, dlse, q, k, v, out, lse, cu_q, cu_k, dq, dk, dv, workspace, sof
     q_low, q_high, dout_all = q, q, dout
     if tma:
         q_low, q_high, dout_all = boxes(q, h * 192, (bm, 128)), boxes(q, h * 192, (bm, 64)), boxes(dout, h * 128, (bm, 128))
-    grid = ((s // bn + b) * h if s else 0,)
+    grid = ((s // bn + b) * h if s and b else 0,)
     for parts in ({"DK": True, "DV": True},) if together else ({"DK": True, "DV": False}, {"DK": False, "DV": True}):
         run(keys, grid, dout, q, k, v, lse, cu_q, cu_k, dk, dv, delta, q_low, q_high, dout_all, *sizes,
             group_of(h, t // max(1, b)), softmax_scale * LOG2E, h * 64, CAUSAL=causal, BM=bm, BN=bn, EDGE=edge,
             STAGES=stages, TMA=tma, num_warps=warps, num_stages=stages, **parts)
+    refuse(cu_q, cu_k, t, s, b, chip, dq, dk, dv)

@@ -17,13 +17,14 @@ def tile(dims, chip):
 
 @triton.jit
 def term(y, row_of, weights, slot, rows, d, col, WHOLE: tl.constexpr):
-    """A slot's weighted values; zeros where it names no row."""
+    """A slot's weighted values; zeros where it is dropped, NaN where it names a row that is none."""
     row = tl.broadcast_to(tl.load(row_of + slot), col.shape).to(tl.int64)
     real = (row >= 0) & (row < rows)
     v = tl.load(y + row * d + col, mask=real if WHOLE else real & (col < d), other=0.0).to(tl.float32)
+    weight = 1.0
     if weights is not None:
-        v *= tl.where(real, tl.load(weights + slot), 0.0)
-    return v
+        weight = tl.load(weights + slot)
+    return v * tl.where(real, weight, tl.where(row == -1, 0.0, float("nan")))
 
 
 @triton.jit(do_not_specialize=["rows"])
