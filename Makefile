@@ -1,6 +1,6 @@
 # make run     how fast this machine runs DeepSeek-V3's core, and what tokens would cost here and on other chips
 # make test    every op against its NumPy definition, laws, bad input, native kernels under sanitizers
-# make test-long   the large cases too       make bench   all bench rows      make lint   ruff
+# make test-long   the large cases too       make bench   all bench rows      make lint   ruff       make coverage
 # make gpu     all GPU kernels: values, then times, with the machine's own Python; DRY=1 compiles and lists them without one
 # Each sets up all it needs: a virtual environment, torch, the native build.
 
@@ -14,7 +14,7 @@ RESULTS ?= bench/results
 SOURCES = CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 NATIVE = $(SOURCES) $(shell find tests/native -type f)
 
-.PHONY: run test test-long bench lint build native gpu triton-table cuda-table
+.PHONY: run test test-long coverage bench lint build native gpu triton-table cuda-table
 .DELETE_ON_ERROR:
 
 run: build
@@ -26,9 +26,13 @@ bench: build
 	$(BIN)/kernomics bench
 
 test: build lint native
-	$(BIN)/python -m pytest --cov=python/kernomics --cov-report=term:skip-covered
+	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_triton.py
 	for kind in asan tsan; do $(BIN)/ctest --test-dir build/$$kind -j 2 -LE long --output-on-failure || exit 1; done
+
+# Lines of Python that no test of `make test` runs; tracing makes the tests half as slow again.
+coverage: build
+	$(BIN)/python -m pytest --cov=python/kernomics --cov-report=term:skip-covered
 
 # The definition's float64 arrays of 100s of MB are cheaper from a heap that is kept than from fresh pages. Triton's compiler,
 # one thread, runs beside.
