@@ -89,11 +89,11 @@ def test_keys_of_nan():
 
 def test_orders():
     """The same bits in many orders of warps, copies and products, of a sequence in many parts."""
-    for kind, h, page in (("u8", 16, 64), ("u8", 32, 32), ("bf16", 16, 64)):
+    for kind, h, page, most in (("u8", 16, 64, 6), ("u8", 32, 32, 3), ("bf16", 16, 64, 3)):
         case = Case(b=1, q=1, h=h, lens=(1400,), page=page, p=50, n=44, softmax_scale=0.05, kv_cache=kind)
         inputs, scalars = numpy_ops.sample(OP, case)
         judge(OP, good := start(OP, inputs, scalars, (12, 0, 1.0)), defined(OP, inputs, scalars), inputs, scalars, case.id)
-        assert all(bits(start(OP, inputs, scalars, (12, seed, 0.0))) == bits(good) for seed in range(1, 4))
+        assert all(bits(start(OP, inputs, scalars, (12, seed, 0.0))) == bits(good) for seed in range(1, most + 1))
 
 
 def test_workspace_serves_again():

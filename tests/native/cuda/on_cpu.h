@@ -100,6 +100,7 @@ struct Fiber {
 struct Block {
     uint3 id;
     int rank, threads, alive;
+    uint32_t slow = 0;  // warps that stand still while anything else can go on
     std::vector<Block*> cluster;  // by rank
     Group* meet;                  // of the cluster
     std::vector<unsigned char> memory;
@@ -146,6 +147,8 @@ inline void meet(Group& g, int threads, const char* what) {
     if (++g.arrived == threads) {
         g.arrived = 0;
         ++g.turn;
+        auto& random = machine()->random;
+        if (schedule().seed && threads > 32 && random() % 8 == 0) here().slow |= 1u << random() % unsigned(here().threads / 32);
     } else {
         wait_until(what, [&g, turn] { return g.turn != turn; });
     }
@@ -172,7 +175,8 @@ inline void entry() {
 inline void run_blocks() {
     Machine& m = *machine();
     std::vector<Fiber*> order;
-    for (auto& b : m.blocks)
+    for (auto& b : m.blocks) {
+        b->slow = 0;
         for (auto& f : b->fibers) {
             f.done = false;
             f.ready = nullptr;
@@ -184,6 +188,7 @@ inline void run_blocks() {
             makecontext(&f.context, entry, 0);
             order.push_back(&f);
         }
+    }
     size_t alive = order.size();
     int held = -1;  // this warp of each block, or of block `where`, stands still while any other can go on
     unsigned where = 0;
@@ -192,6 +197,7 @@ inline void run_blocks() {
         if (schedule().seed) std::shuffle(order.begin(), order.end(), m.random);
         for (Fiber* f : order) {
             if (f->done) continue;
+            if (f->block->slow >> (f->index / 32) & 1) continue;
             if (f->index / 32 == held && (where >= m.blocks.size() || f->block == m.blocks[where].get())) continue;
             m.now = f;
             if (f->ready && !f->ready(f->asks)) continue;
@@ -213,9 +219,11 @@ inline void run_blocks() {
             land();
             moved = true;
         }
-        if (held >= 0 && !moved) {
+        if (!moved) {
+            bool waited = held >= 0;
             held = -1;
-            continue;
+            for (auto& b : m.blocks) waited |= b->slow != 0, b->slow = 0;
+            if (waited) continue;
         }
         if (schedule().seed && held < 0 && m.random() % 2 == 0) {
             held = int(m.random() % (m.block.x / 32));
