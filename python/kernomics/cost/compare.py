@@ -353,8 +353,6 @@ def _one_chip(answer):
 
 
 PLAN = ("acceptance", "imbalance", "comm_share", "overlap", "alpha", "step_overhead", "memory_share", "drafts")
-
-
 WHOLE = ("tokens_in", "tokens_out")
 
 
