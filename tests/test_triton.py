@@ -181,8 +181,7 @@ def test_the_last_of_one_slot_wins(layout, few, monkeypatch, assume):
 def test_wrong_offsets_give_nan(name, assume):
     """Offsets on a GPU are checked by no host: not from 0, falling, not to the end, far outside."""
     assume("sm90")
-    op = OPS[name]
-    kernel = next(k for k in op.kernels if k.name == "triton")
+    op, kernel = next(x for x in kernels() if x[0].name == name)
     index = next(i for i, c in enumerate(op.cases) if (c["b"], c["t"]) == (3, 11))
     inputs, scalars = drawn(name, index)
     assert not any(np.isnan(x.astype(np.float32)).all() for x in call(op, kernel, copies(inputs), scalars))
@@ -192,11 +191,9 @@ def test_wrong_offsets_give_nan(name, assume):
         assert all(np.isnan(x.astype(np.float32)).all() for x in got)
 
 
-@pytest.mark.parametrize("kernel", [k for k in OPS["moe_combine"].kernels if k.on != "cpu"], ids=lambda k: k.name)
+@pytest.mark.parametrize("kernel", [k for op, k in kernels() if op.name == "moe_combine"], ids=lambda k: k.name)
 def test_wrong_rows_give_nan(kernel, assume):
     """A row that is none makes its token NaN, a dropped one does nothing, the other tokens are right."""
-    if INTERPRET and kernel.name != "triton":
-        pytest.skip("the interpreter runs Triton's kernels")
     assume("sm90")
     y, row_of = np.ones((4, 5), np.float32), np.int32([[3, 0], [1, -1]])
     for weights in (None, np.ones((2, 2), np.float32)):
