@@ -44,25 +44,42 @@ def report(kernel):
 
 TABLE = Path(__file__).resolve().parents[1] / "docs/triton_kernels.md"
 CHIPS = ("sm80", "sm90", "sm100", "sm120", "gfx942", "gfx950")
-COLUMNS = ("op", "chip", "kernel", "tile", "registers", "shared", "matrix")
+SETS = ("bench", "small")
+COLUMNS = ("op", "chip", "cases", "kernel", "tile", "registers", "shared", "spills", "matrix")
 HEAD = f"""# What the compiler makes of the Triton kernels
 
-One line for each kernel that the bench cases launch (Triton {triton.__version__}, no GPU): registers a thread, bytes of
-shared memory, matrix instructions. None spills. `make triton-table` writes this file, `make test-long` compares it.
+One line for each kernel and tile that the cases of the ops launch (Triton {triton.__version__}, no GPU), bench cases and small
+ones (odd sizes, single tokens) apart: registers a thread, bytes of shared memory, spills, matrix instructions. Small cases: the
+most over their alignments on sm90, on other chips the least aligned. `make triton-table` writes this file, `make test-long`
+compares it.
 
 """
 
 
-def resources(op, kernel, family):
-    """A row for each kernel and tile that the op's bench cases launch on a chip; one of those that differ in alignment."""
-    cases = [*(c for c in op.cases if c.bench), *gpu.CASES.get(op.name, ())]
+def launches(op, kernel, family, cases):
+    """{(kernel, tile): launches} of the op's ``cases`` ("bench" or "small"): one of bench cases that differ in alignment; of
+    small ones all on sm90, elsewhere that with the fewest arguments that 16 divides."""
+    small = cases == "small"
+    chosen = [c for c in op.cases if not c.bench] if small else [*(c for c in op.cases if c.bench), *gpu.CASES.get(op.name, ())]
     found = {}
-    for (name, words, _), launch in warmup.distinct(op, kernel, cases, chip.FAMILIES[family]).items():
-        if (name, words) not in found:
-            k = warmup.compiled(launch, chip.FAMILIES[family])
-            found[name, words] = {"op": op.name, "chip": family, "kernel": name, "tile": words, "dots": "tt.dot" in k.asm["ttir"],
-                                  **report(k)}
-    return [found[key] for key in sorted(found)]
+    for (name, words, kinds), launch in warmup.distinct(op, kernel, chosen, chip.FAMILIES[family]).items():
+        found.setdefault((name, words), []).append((sum(kind.endswith(":16") for kind in kinds), launch))
+    if small and family != "sm90":
+        return {key: [min(x, key=lambda pair: pair[0])[1]] for key, x in found.items()}
+    return {key: [launch for _, launch in (x if small else x[:1])] for key, x in found.items()}
+
+
+def resources(op, kernel, family, cases):
+    """A row for each kernel and tile of ``launches``, with the most over its launches."""
+    rows = []
+    for (name, words), tile in sorted(launches(op, kernel, family, cases).items(), key=lambda x: x[0]):
+        compiled = [warmup.compiled(launch, chip.FAMILIES[family]) for launch in tile]
+        reports = [report(k) for k in compiled]
+        rows.append({"op": op.name, "chip": family, "cases": cases, "kernel": name, "tile": words,
+                     "dots": any("tt.dot" in k.asm["ttir"] for k in compiled),
+                     "matrix": sorted({x for r in reports for x in r["matrix"]}),
+                     **{figure: max(r[figure] for r in reports) for figure in ("registers", "shared", "spills")}})
+    return rows
 
 
 def line(row):
@@ -71,8 +88,8 @@ def line(row):
     return "| " + " | ".join(str(values[c]) for c in COLUMNS) + " |"
 
 
-def committed(op, family):
-    return [text for text in TABLE.read_text().splitlines() if text.startswith(f"| {op} | {family} |")]
+def committed(op, family, cases):
+    return [text for text in TABLE.read_text().splitlines() if text.startswith(f"| {op} | {family} | {cases} |")]
 
 
 def main():
@@ -81,10 +98,11 @@ def main():
     if len(sys.argv) > 1:
         op, kernel = next(x for x in triton_kernels if x[0].name == sys.argv[1])
         for family in sys.argv[2:] or CHIPS:
-            for row in resources(op, kernel, family):
-                print(line(row), "SPILLS" if row["spills"] else "", flush=True)
+            for cases in SETS:
+                for row in resources(op, kernel, family, cases):
+                    print(line(row), "SPILLS" if row["spills"] else "", flush=True)
         return
-    jobs = [(op, kernel, family) for op, kernel in triton_kernels for family in CHIPS]
+    jobs = [(op, kernel, family, cases) for op, kernel in triton_kernels for family in CHIPS for cases in SETS]
     rows = [line(row) for job in track(jobs, "compiling") for row in resources(*job)]
     rule = "|---" * len(COLUMNS) + "|"
     TABLE.write_text(HEAD + "\n".join([f"| {' | '.join(COLUMNS)} |", rule, *rows]) + "\n")

@@ -1,6 +1,7 @@
-"""Every Triton kernel compiled for every chip, without one: what its bench cases launch, as ``docs/triton_kernels.md`` lists.
+"""Every Triton kernel and tile compiled for every chip, without one: what its cases launch, as ``docs/triton_kernels.md`` lists.
 
-sm_90 alone in ``make test``, all chips in ``make test-long``. Interpreter and compiler need processes of their own.
+sm_90 alone in ``make test`` (of three ops small cases too), all in ``make test-long``. Interpreter and compiler need processes
+of their own.
 """
 
 import os
@@ -31,52 +32,32 @@ MUST = {name: FP8 for name in ("fp8_gemm", "fp8_grouped_gemm", "fp8_linear", "ml
                             "moe_experts_bf16")}
 
 
-def families():
-    return [pytest.param(f, marks=[] if f == "sm90" else pytest.mark.long) for f in aot.CHIPS]
+QUICK = ("fp8_quantize", "fp8_gemm", "fp8_grouped_wgrad")  # whose addresses once filled the registers in small cases
 
 
-@pytest.mark.parametrize("family", families())
-@pytest.mark.parametrize("op, kernel", TRITON, ids=lambda x: getattr(x, "name", ""))
-def test_compiles(op, kernel, family):
+def everything():
+    for op, kernel in TRITON:
+        for family in aot.CHIPS:
+            for cases in aot.SETS:
+                quick = family == "sm90" and (cases == "bench" or op.name in QUICK)
+                yield pytest.param(op, kernel, family, cases, marks=[] if quick else [pytest.mark.long],
+                                   id=f"{op.name}-{family}-{cases}")
+
+
+@pytest.mark.parametrize("op, kernel, family, cases", list(everything()))
+def test_compiles(op, kernel, family, cases):
     """No spills, shared memory that a block may have, matrix instructions where the kernel multiplies matrices, and the
     rows of the committed table."""
-    found = aot.resources(op, kernel, family)
+    found = aot.resources(op, kernel, family, cases)
     for row in found:
         name = f"{row['kernel']} {row['tile']}"
         assert row["spills"] == 0, f"{name} spills"
         assert row["shared"] <= chip.FAMILIES[family].shared, f"{name} takes {row['shared']} bytes of shared memory"
         assert row["matrix"] or not row["dots"], f"{name} multiplies matrices without matrix instructions"
-    if op.name in MUST:
+    if op.name in MUST and cases == "bench":
         assert any(x.startswith(MUST[op.name][family]) for row in found for x in row["matrix"]), found
-    assert [aot.line(row) for row in found] == aot.committed(op.name, family), "make triton-table, and look at the difference"
-
-
-QUICK = ("fp8_quantize", "fp8_gemm", "fp8_grouped_wgrad")  # in `make test`: those whose addresses once filled the registers
-
-
-def small_cases():
-    for family in aot.CHIPS:
-        for op, kernel in TRITON:
-            marks = [] if family == "sm90" and op.name in QUICK else [pytest.mark.long]
-            yield pytest.param(op, kernel, family, marks=marks, id=f"{op.name}-{family}")
-
-
-@pytest.mark.parametrize("op, kernel, family", list(small_cases()))
-def test_small_cases_do_not_spill(op, kernel, family):
-    """Sizes that divide nothing, single tokens, empty calls: every kernel and tile that they launch; on sm90 in each alignment,
-    elsewhere in that with the fewest arguments that 16 divides."""
-    small, gpu_chip = [c for c in op.cases if not c.bench], chip.FAMILIES[family]
-    launches = warmup.distinct(op, kernel, small, gpu_chip)
-    if family != "sm90":
-        aligned = sorted(launches.items(), key=lambda item: -sum(kind.endswith(":16") for kind in item[0][2]))
-        launches = dict({key[:2]: (key, launch) for key, launch in aligned}.values())  # of equal keys the last stays
-    found = {}
-    for (name, words, kinds), launch in launches.items():
-        row = aot.report(warmup.compiled(launch, gpu_chip))
-        assert row["shared"] <= gpu_chip.shared, f"{name} {words} takes {row['shared']} bytes of shared memory"
-        if row["spills"]:
-            found[name, words, kinds] = row["spills"]
-    assert not found
+    assert [aot.line(row) for row in found] == aot.committed(op.name, family, cases), \
+        "make triton-table, and look at the difference"
 
 
 @pytest.mark.parametrize("page", [7, 16])

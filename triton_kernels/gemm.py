@@ -356,16 +356,16 @@ def dense_workspace(dims, chip):
 def dense(a, a_scale, b, b_scale, bias, out, workspace):
     """``out = (a * a_scale) @ (b * b_scale).T + bias``, operands as in ``grouped``; one launch, or two where k is split."""
     (m, n), k, chip = out.shape, a.shape[1], chip_of(a)
-    options = dense_tile({"m": m, "n": n, "k": k, "a_bytes": a.element_size(), "b_bytes": b.element_size()}, chip)
+    dims = {"m": m, "n": n, "k": k, "a_bytes": a.element_size(), "b_bytes": b.element_size()}
+    options = dense_tile(dims, chip)
     a, b, kind = kinds(a, b, chip)
     parts, per_part = options.pop("PARTS"), options.pop("per_part")
     partial = workspace[:4 * parts * m * n].view(torch.float32) if parts > 1 else out
-    tiles = triton.cdiv(m, options["BM"]) * triton.cdiv(n, options["BN"])
-    # Where one program fills a multiprocessor, the next tile's first copies leave while the last one's results are written;
-    # those in f32 would spill.
-    options["LOOP"] = (options["BM"] == 128 and parts == 1 and out.element_size() == 2
-                       and chip.family in ("sm90", "sm100", "sm103"))
-    grid = (min(tiles, chip.units) if options["LOOP"] else tiles, parts)
+    tiles, programs = triton.cdiv(m, options["BM"]) * triton.cdiv(n, options["BN"]), per_unit(options, dims, chip) * chip.units
+    # More tiles than programs at a time: the next tile's first copies leave while the last one's results are written. With 64
+    # rows, or one address an element, the loop would take the registers of a multiprocessor's second program.
+    options["LOOP"] = tiles > programs and parts == 1 and options["BM"] != 64 and k % 16 == 0
+    grid = (programs if options["LOOP"] else tiles, parts)
     a, b, options["TMA"] = tiled(a, b, None, options, chip)
     run(dense_kernel, grid, a, a_scale, b, b_scale, None if parts > 1 else bias, partial, m, n, k, per_part,
         EVEN=k % options["BK"] == 0, **kind, **options)
