@@ -1,10 +1,14 @@
 """What the compiler makes of the Triton kernels for chips that are not there, and the committed table of it."""
 
 import functools
+import math
+import multiprocessing
+import random
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import triton
@@ -13,6 +17,7 @@ from kernomics.triton_kernels import warmup
 from rich.progress import track
 
 from kernomics import OPS, chip
+from kernomics.contract import Case
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 MATRIX = r"\b(HGMMA|QGMMA|HMMA|QMMA|UTCHMMA|UTCQMMA|OMMA)\b"
@@ -39,34 +44,80 @@ def report(kernel):
                     "tma": "UTMALDG" in sass}
 
 
+# ---------------------------------------------------------------- shapes
+
+
+MANY = (1, 2, 3, 5, 8, 9, 16, 17, 24, 32, 33, 48, 64, 65, 96, 100, 128, 130, 192, 256, 300, 384, 512, 576, 1000, 1024, 1536, 2048,
+        2112, 3000, 4096, 7168, 8192, 16384)
+SOME = {"h": (1, 2, 3, 5, 8, 16, 17, 20, 32, 33, 40, 48, 64, 65, 96, 128, 130), "q": (1, 2, 3, 4, 5, 8, 16, 64),
+        "page": (1, 7, 16, 32, 64), "e": (1, 2, 3, 4, 8, 16, 32, 64, 128, 160, 256, 300),
+        "top_k": (1, 2, 3, 4, 6, 8, 9, 10, 12, 16), "b": (1, 2, 4, 32, 128), "n_experts": (1, 4, 64, 256, 300)}
+
+
+def drawn(op, count=3000):
+    """Shapes of the op's cases with some dims drawn anew."""
+    rng = random.Random(op.name)
+    for _ in range(count):
+        case = {n: v for n, v in rng.choice(op.cases).items()
+                if n not in ("lens", "keys", "ragged", "t_lens", "s_lens", "skipped", "active")}
+        for name, value in case.items():
+            if isinstance(value, int) and not isinstance(value, bool) and not name.endswith("_group") and rng.random() < 0.6:
+                case[name] = rng.choice(SOME.get(name, MANY))
+        if op.name == "mla_decode":
+            case["s"] = rng.choice((64, 100, 1024, 4096, 16384))
+            case["n"] = -(-case["s"] // case["page"])
+            case["p"] = case["b"] * case["n"]
+        if "e" in case and "top_k" in case:
+            case["top_k"] = min(case["top_k"], case["e"])
+        if case.get("e", 0) % case.get("n_group", 1) == 0:
+            yield Case(**case)
+
+
+def alike(words):
+    """A tile's words without those that are sizes of the model, of which there are any number."""
+    words = re.sub(r"\b(E|PARTS|K|TOP_K|N_GROUP|TOPK_GROUP|G|P|WIDE|BINS|D)=\d+", "", words)
+    return re.sub(r"\bPAGE=(\d+)", lambda m: f"PAGE={max(math.gcd(int(m[1]), 64) // 16, 1) if m[1] != '0' else 0}", words)
+
+
 # ---------------------------------------------------------------- the committed table
 
 
 TABLE = Path(__file__).resolve().parents[1] / "docs/triton_kernels.md"
 CHIPS = ("sm80", "sm90", "sm100", "sm120", "gfx942", "gfx950")
-SETS = ("bench", "small")
+SETS = ("bench", "small", "drawn")
 COLUMNS = ("op", "chip", "cases", "kernel", "tile", "registers", "shared", "spills", "matrix")
 HEAD = f"""# What the compiler makes of the Triton kernels
 
-One line for each kernel and tile that the cases of the ops launch (Triton {triton.__version__}, no GPU), bench cases and small
-ones (odd sizes, single tokens) apart: registers a thread, bytes of shared memory, spills, matrix instructions. Small cases: the
-most over their alignments on sm90, on other chips the least aligned. `make triton-table` writes this file, `make test-long`
-compares it.
+One line for each kernel and tile (Triton {triton.__version__}, no GPU): registers a thread, bytes of shared memory, spills,
+matrix instructions. Cases are those of the bench, small ones (odd sizes, single tokens), and for the tiles that neither launches
+3000 drawn shapes an op; sizes of a model that are constants of a kernel (experts, heads of a group, the page) count as one.
+Of small cases the most over their alignments on sm90; elsewhere, and of drawn ones, the least aligned. `make triton-table`
+writes this file, `make test-long` compares it.
 
 """
 
 
 def launches(op, kernel, family, cases):
-    """{(kernel, tile): launches} of the op's ``cases`` ("bench" or "small"): one of bench cases that differ in alignment; of
-    small ones all on sm90, elsewhere that with the fewest arguments that 16 divides."""
-    small = cases == "small"
-    chosen = [c for c in op.cases if not c.bench] if small else [*(c for c in op.cases if c.bench), *gpu.CASES.get(op.name, ())]
+    """{(kernel, tile): launches} of a set of cases: one of bench cases that differ in alignment; of small ones all on sm90, else
+    that with the fewest arguments that 16 divides; of drawn ones that too, for the tiles that the others do not have."""
+    shapes = {"bench": [*(c for c in op.cases if c.bench), *gpu.CASES.get(op.name, ())],
+              "small": [c for c in op.cases if not c.bench], "drawn": drawn(op)}[cases]
     found = {}
-    for (name, words, kinds), launch in warmup.distinct(op, kernel, chosen, chip.FAMILIES[family]).items():
+    for (name, words, kinds), launch in warmup.distinct(op, kernel, shapes, chip.FAMILIES[family]).items():
         found.setdefault((name, words), []).append((sum(kind.endswith(":16") for kind in kinds), launch))
-    if small and family != "sm90":
-        return {key: [min(x, key=lambda pair: pair[0])[1]] for key, x in found.items()}
-    return {key: [launch for _, launch in (x if small else x[:1])] for key, x in found.items()}
+    if cases == "bench":
+        return {key: [x[0][1]] for key, x in found.items()}
+    if cases == "small" and family == "sm90":
+        return {key: [launch for _, launch in x] for key, x in found.items()}
+    if cases == "drawn":
+        known = {(name, alike(words)) for others in SETS[:2] for name, words in launches(op, kernel, family, others)}
+        groups = {}
+        for (name, words), x in found.items():
+            if (name, alike(words)) not in known:
+                groups.setdefault((name, alike(words)), []).extend((aligned, words, launch) for aligned, launch in x)
+        least = {name: min(x, key=lambda item: item[:2]) for name, x in groups.items()}
+        return {(name, words): [launch] for (name, _), (_, words, launch) in least.items()}
+    return {key: [min(x, key=lambda item: item[0])[1]] for key, x in found.items()}
 
 
 def resources(op, kernel, family, cases):
@@ -92,6 +143,12 @@ def committed(op, family, cases):
     return [text for text in TABLE.read_text().splitlines() if text.startswith(f"| {op} | {family} | {cases} |")]
 
 
+def lines_of(name, family, cases):
+    """The op's lines in the table."""
+    kernel = next(k for k in OPS[name].kernels if k.name == "triton")
+    return [line(row) for row in resources(OPS[name], kernel, family, cases)]
+
+
 def main():
     """``python tests/ahead_of_time.py``: write the table; ``... OP [CHIP ...]``: print the op's rows."""
     triton_kernels = [(op, k) for op in OPS.values() for k in op.kernels if k.name == "triton"]
@@ -102,8 +159,9 @@ def main():
                 for row in resources(op, kernel, family, cases):
                     print(line(row), "SPILLS" if row["spills"] else "", flush=True)
         return
-    jobs = [(op, kernel, family, cases) for op, kernel in triton_kernels for family in CHIPS for cases in SETS]
-    rows = [line(row) for job in track(jobs, "compiling") for row in resources(*job)]
+    jobs = [(op.name, family, cases) for op, _ in triton_kernels for family in CHIPS for cases in SETS]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        rows = [text for lines in track(pool.map(lines_of, *zip(*jobs)), "compiling", len(jobs)) for text in lines]
     rule = "|---" * len(COLUMNS) + "|"
     TABLE.write_text(HEAD + "\n".join([f"| {' | '.join(COLUMNS)} |", rule, *rows]) + "\n")
 

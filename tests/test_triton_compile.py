@@ -1,7 +1,7 @@
-"""Every Triton kernel and tile compiled for every chip, without one: what its cases launch, as ``docs/triton_kernels.md`` lists.
+"""Every Triton kernel and tile compiled for every chip, without one, as ``docs/triton_kernels.md`` lists.
 
-sm_90 alone in ``make test`` (of three ops small cases too), all in ``make test-long``. Interpreter and compiler need processes
-of their own.
+sm_90 alone in ``make test``, small cases of a few ops, drawn ones of none; all in ``make test-long``. Interpreter and compiler
+need processes of their own.
 """
 
 import os
@@ -39,7 +39,7 @@ def everything():
     for op, kernel in TRITON:
         for family in aot.CHIPS:
             for cases in aot.SETS:
-                quick = family == "sm90" and (cases == "bench" or op.name in QUICK)
+                quick = family == "sm90" and (cases == "bench" or cases == "small" and op.name in QUICK)
                 yield pytest.param(op, kernel, family, cases, marks=[] if quick else [pytest.mark.long],
                                    id=f"{op.name}-{family}-{cases}")
 

@@ -288,7 +288,8 @@ def grouped_tile(dims, chip):
     """
     each = dims["t"] / max(min(dims["e"], dims["t"]), 1)
     most = 64 if chip.family in ("sm100", "sm103") and dims["a_bytes"] > dims["b_bytes"] else 128  # 128 spills there
-    return options_of(16 if each <= 11 else 32 if each <= 24 else 64 if each <= 64 else most, dims, chip)
+    few = 11 if chip.amd else 24  # 32 rows from anywhere would spill scalar registers on AMD
+    return options_of(16 if each <= 11 else 32 if each <= few else 64 if each <= 64 else most, dims, chip)
 
 
 def grouped(a, a_scale, b, b_scale, offsets, out, rows=None, options=None):

@@ -395,6 +395,7 @@ def kernel(q, latent, rope, scale, places, lens, sink, out, lse, part_out, part_
            BT: tl.constexpr, AGAIN: tl.constexpr, GAP: tl.constexpr, LEAST: tl.constexpr, SWAP: tl.constexpr, EARLY: tl.constexpr,
            HOLD: tl.constexpr, ASM: tl.constexpr):
     """One part of the schedule for one tile of rows. MIXED: the rows of a tile may see different keys."""
+    tl.static_assert(C == 4 or not FP8)  # a scale for each part
     W: tl.constexpr = 512 // C
     # Keys of a block that lie in a row are a RUN. Two loops over runs would spill where they pass through registers.
     RUN: tl.constexpr = PAGE % BN == 0 and not (MIXED and SWAP and FP8)
@@ -404,6 +405,8 @@ def kernel(q, latent, rope, scale, places, lens, sink, out, lse, part_out, part_
     part, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     most = uniform if SPARSE else width * PAGE
     begin, end, first, last, start = schedule(lens, b, uniform, most, parts, part, BN, GAP, LEAST)
+    if RUN and not SPARSE:  # counted from the part's begin: a register less; for single keys the compiler does worse with it
+        begin, end, start = 0, end - begin, start - begin
     for i in tl.range(first, last, disable_licm=True):
         item = tl.where(i < b, i, 0).to(tl.int64)  # i, which the compiler would count in 64 bits
         # `tile`, which the compiler does not know: it would keep what follows in registers from item to item.
@@ -440,6 +443,7 @@ def kernel(q, latent, rope, scale, places, lens, sink, out, lse, part_out, part_
         total = tl.zeros((BM,), tl.float32)
 
         slot, bad = lookup(places, item, from_ * BN, stop, width, pages, PAGE, BN, SPARSE, RUN)
+        bad |= wrong  # one register for both
         for n in tl.range(from_ * BN, whole, BN, num_stages=STAGES, disable_licm=True):
             # The next block's slots come while this one is at work.
             next_slot, next_bad = lookup(places, item, n + BN, stop, width, pages, PAGE, BN, SPARSE, RUN)
@@ -461,7 +465,7 @@ def kernel(q, latent, rope, scale, places, lens, sink, out, lse, part_out, part_
             for n in tl.range(whole, stop, BT, num_stages=1, disable_licm=True):
                 few, next_bad = lookup(places, item, n, stop, width, pages, PAGE, BT, SPARSE, EDGE_RUN)
                 has = there(few, n, stop, BT)
-                wrong = tl.maximum(wrong, next_bad if EDGE_RUN else tl.max(next_bad, axis=0))
+                bad |= next_bad if EDGE_RUN else tl.max(next_bad, axis=0)
                 row = tl.where(n <= stop, here, here + 1) * BM + tl.arange(0, BM)  # `here`, as above
                 limit = length - n_q + row // h + 1
                 if AGAIN:
@@ -476,15 +480,15 @@ def kernel(q, latent, rope, scale, places, lens, sink, out, lse, part_out, part_
                 summed = summed + (tl.trans(tl.sum(tl.reshape(acc[c], (W, BM, 2)), axis=2)),)
             acc = summed
         if not SPARSE:
-            wrong = tl.maximum(wrong, bad if RUN else tl.max(bad, axis=0))
-            total = tl.where(wrong != 0, float("nan"), total)
+            total = tl.where((bad if RUN else tl.max(bad, axis=0)) != 0, float("nan"), total)
 
+        item = tl.where(start > 0, i, i + 1).to(tl.int64)  # as `tile` above: nothing stays in registers across the keys
         row = tl.where(start > 0, tile, tile + 1) * BM + tl.arange(0, BM)
         inside = row < count
         if span is None:
             finish(acc, top, total, sink, out, lse, item, tile, row, inside, n_q, h, spread, C, W)
         else:
-            if (from_ == 0) & (to == n_blocks):
+            if (from_ == 0) & (start - GAP <= end):
                 finish(acc, top, total, sink, out, lse, item, tile, row, inside, n_q, h, spread, C, W)
             else:
                 place = (2 * tl.program_id(0) + (from_ == 0).to(tl.int32)).to(tl.int64) * BM
@@ -492,7 +496,7 @@ def kernel(q, latent, rope, scale, places, lens, sink, out, lse, part_out, part_
             if tile == 0:
                 if from_ == 0:
                     tl.store(span + 2 * item, tl.program_id(0))
-                if to == n_blocks:
+                if start - GAP <= end:
                     tl.store(span + 2 * item + 1, tl.program_id(0))
 
 
@@ -564,22 +568,23 @@ def tile(rows, fp8, page, alike, chip):
         return 16, 64, 4, 8, 3 if fp8 and alike % 16 else 2, True, True, chip.units
     if chip.family in ("sm90", "sm100", "sm103"):
         if rows <= (32 if fp8 else 16):
+            c = 4 if alike % 16 and chip.family != "sm90" else c  # 1 would spill
             return 16, 64, c, 8, 3 if fp8 and page == 0 and chip.family == "sm90" else 2, True, True, chip.units
         if rows <= 32 and chip.family == "sm90":
-            return 32, 64, c, 8, 2, True, True, chip.units
+            return 32, 64, 4 if page == 0 else c, 8, 2, True, True, chip.units  # 1 would spill for a list of keys
         tight = fp8 and scattered if chip.family == "sm90" else fp8 or scattered  # of registers
         return 64, 32 if tight else 64, c, 8, 2, False, True, chip.units
     if chip.family == "sm80" and rows > 16:  # in registers: 64 of sums, the operands as they come
         return 32, 32, c, 8, 3, False, False, chip.units
     if chip.family == "sm80":
         return 16, 64, 4 if fp8 else 2, 8, 2, False, True, chip.units
-    if chip.amd and rows > 16 and alike % 32 == 0:
-        return 32, 16, 4 if fp8 else 2 if scattered else 1, 4, 1 if fp8 or scattered else 2, False, fp8, chip.units
-    if chip.amd:
-        warps = 8 if scattered and not fp8 else 4  # 4 would spill scalar registers
-        c, swap = 4 if fp8 else 2 if scattered else 1, fp8 and scattered and alike % 16 > 0  # others would spill
+    if chip.amd:  # others would spill scalar registers, which lists and odd pages take
+        c, warps, stages = 4 if fp8 else 2 if scattered else 1, 8 if scattered and not fp8 else 4, 1 if fp8 or scattered else 2
+        swap = fp8 and (page % 16 > 0 or scattered and alike % 16 > 0)
+        if rows > 16 and alike % 32 == 0:
+            return 32, 16, c, warps, stages, swap, fp8 and not swap, chip.units
         bn = 16 if scattered or (chip.family == "gfx942" and not fp8 and alike % 16) else 32
-        return 16, bn, c, warps, 1 if fp8 or scattered else 2, swap, False, chip.units
+        return 16, bn, c, warps, stages, swap, False, chip.units
     if rows > 16 and alike % 32 == 0:
         return 32, 64 if fp8 else 32, 4 if fp8 else 2, 8, 2, False, fp8, chip.units
     return 16, 64 if fp8 else 32, c, 8, 2 if fp8 else 3, False, True, chip.units
@@ -625,7 +630,7 @@ def launch(q, kv_cache, places, lens, sink, out, lse, workspace, factor, causal,
         rope, scale = kv_cache.view(torch.bfloat16), kv_cache.view(torch.float32)
         latent = kv_cache.view(torch.float8_e4m3fn) if chip.e4m3 else kv_cache
     run(kernel, (n * tiles,), q, latent, rope, scale, places, lens, sink, out, lse, part_out, part_stat, span, items, queries,
-        h, spread, width, p, most, n, factor * LOG2E, PAGE=page, SPARSE=sparse, CAUSAL=causal,
+        h, spread, width, p, most, n, factor * LOG2E, PAGE=page, SPARSE=sparse, CAUSAL=causal and queries > 1,
         MIXED=causal and queries > 1 and h % bm > 0, FP8=fp8, NATIVE=chip.e4m3, BM=bm, BN=bn, C=c, STAGES=stages,
         BT=16 if bm >= 64 else bn, AGAIN=bm < 64 or stages == 1, GAP=GAP, LEAST=max(128 // bn, 1), SWAP=swap, EARLY=early,
         HOLD=compiled and chip.family == "sm90" and bm >= 64,

@@ -91,4 +91,4 @@ def launch(kv_c, k_pe, kv_cache, slots, norm_weight, cos, sin, workspace, eps, i
         run(claim_kernel, (triton.cdiv(t, 256),), slots, owner, t, p * page, LARGEST=largest, num_warps=4)
     run(kernel, (triton.cdiv(t, tokens),), kv_c, k_pe, kv_cache, rope, scales, slots, owner, norm_weight, cos, sin, t, p * page,
         eps, INTERLEAVED=interleaved, POW2=scale == "pow2", FP8=fp8, NATIVE=chip.e4m3, TOKENS=tokens, FLOOR=FLOOR,
-        num_warps=warps)
+        num_warps=warps, **({"maxnreg": 64} if chip.family in ("sm100", "sm103") else {}))  # else it aims at 56 and spills

@@ -9,20 +9,23 @@ import triton
 import triton.language as tl
 from kernomics.triton_kernels.common import chip_of, codes, e4m3_decode, run
 
+MOST = 64  # queries of a program
+
 
 def tile(dims, chip):
     """Keys of a tile, heads of a step, queries of a step and of a program, warps, stages. Unmeasured.
 
     A step takes 128 rows of q on sm90, 64 where operands go through registers. A program takes so many queries that
-    two programs a multiprocessor do the work, which fit there together, and at most 64; each loads its keys anew.
+    two programs a multiprocessor do the work, which fit there together, and at most MOST; each loads its keys anew.
+    On AMD loads ahead over two loops, queries and their heads, would spill scalar registers, and a step of one query others.
     """
     t, s, h = dims["t"], dims["s"], dims["h"]
     large = chip.family in ("sm90", "sm100", "sm103")
     heads = min(128 if large else 64, max(16, triton.next_power_of_2(h)))
-    step = min((128 if large else 64) // heads, triton.next_power_of_2(t)) if t else 1
+    step = (128 if large else 64) // heads if h > 0 and (t > 1 or chip.amd) else 1
     programs = 2 * chip.units // (triton.cdiv(s, 128) or 1) or 1
-    chunk = min(64, triton.next_power_of_2(triton.cdiv(t, programs)))
-    return 128, heads, step, max(step, chunk), 4 if large else 8, 3 if large or h <= heads else 2
+    chunk = min(MOST, triton.next_power_of_2(triton.cdiv(t, programs)))
+    return 128, heads, step, max(step, chunk), 4 if large else 8, 3 if large or h <= heads else 1 if chip.amd else 2
 
 
 @triton.jit
@@ -38,16 +41,17 @@ def scores(keys, q, weights, first, h, h0, t, HEADS: tl.constexpr, STEP: tl.cons
     return tl.sum(tl.reshape(dots, (keys.shape[0], STEP, HEADS)), axis=2)
 
 
-@triton.jit
-def kernel(q, k, k_scale, weights, start, stop, out, t, s, h, KEYS: tl.constexpr, HEADS: tl.constexpr, STEP: tl.constexpr,
-           CHUNK: tl.constexpr, ONCE: tl.constexpr, NATIVE: tl.constexpr, STAGES: tl.constexpr):
-    chunks, pid = tl.cdiv(t, CHUNK), tl.program_id(0)
-    t0, k0 = pid % chunks * CHUNK, pid // chunks * KEYS
-    key, lane, each = k0 + tl.arange(0, KEYS), tl.arange(0, CHUNK), tl.arange(0, STEP)
+@triton.jit(do_not_specialize=["chunk"])
+def kernel(q, k, k_scale, weights, start, stop, out, t, s, h, chunk, KEYS: tl.constexpr, HEADS: tl.constexpr, STEP: tl.constexpr,
+           LANES: tl.constexpr, ONCE: tl.constexpr, NATIVE: tl.constexpr, STAGES: tl.constexpr):
+    chunks, pid = tl.cdiv(t, chunk), tl.program_id(0)
+    t0, k0 = pid % chunks * chunk, pid // chunks * KEYS
+    key, lane, each = k0 + tl.arange(0, KEYS), tl.arange(0, LANES), tl.arange(0, STEP)
     # The queries of the chunk whose windows reach this tile lie between the first and the last of them.
-    low = tl.maximum(tl.load(start + t0 + lane, mask=t0 + lane < t, other=0), k0)
-    high = tl.minimum(tl.load(stop + t0 + lane, mask=t0 + lane < t, other=0), tl.minimum(k0 + KEYS, s))
-    first = tl.min(tl.where(low < high, lane // STEP * STEP, CHUNK))
+    mine = (lane < chunk) & (t0 + lane < t)
+    low = tl.maximum(tl.load(start + t0 + lane, mask=mine, other=0), k0)
+    high = tl.minimum(tl.load(stop + t0 + lane, mask=mine, other=0), tl.minimum(k0 + KEYS, s))
+    first = tl.min(tl.where(low < high, lane // STEP * STEP, chunk))
     last = tl.max(tl.where(low < high, (lane // STEP + 1) * STEP, 0))
 
     at = key.to(tl.int64)[:, None] * 128 + tl.arange(0, 128)[None, :]
@@ -70,7 +74,7 @@ def kernel(q, k, k_scale, weights, start, stop, out, t, s, h, KEYS: tl.constexpr
         sums = tl.where(seen, sums * scale[:, None], float("-inf"))
         inside = (query < t)[None, :] & (key < s)[:, None]
         tl.store(out + query.to(tl.int64)[None, :] * s + key[:, None], sums, mask=inside)
-    for i in range(0, CHUNK, STEP):  # the others
+    for i in range(0, chunk, STEP):  # the others
         query = t0 + i + each
         inside = ((query < t) & ((i + each < first) | (i + each >= last)))[:, None] & (key < s)[None, :]
         tl.store(out + query.to(tl.int64)[:, None] * s + key[None, :], float("-inf"), mask=inside)
@@ -80,6 +84,6 @@ def launch(q, k, k_scale, weights, start, stop, out, workspace):
     (t, h, _), s, chip = q.shape, k.shape[0], chip_of(q)
     keys, heads, step, chunk, warps, stages = tile({"t": t, "s": s, "h": h}, chip)
     grid = (triton.cdiv(t, chunk) * triton.cdiv(s, keys),)
-    run(kernel, grid, codes(q, chip.e4m3), codes(k, chip.e4m3), k_scale, weights, start, stop, out, t, s, h, KEYS=keys,
-        HEADS=heads, STEP=step, CHUNK=chunk, ONCE=0 < h <= heads, NATIVE=chip.e4m3, STAGES=stages, num_warps=warps,
-        num_stages=stages)
+    run(kernel, grid, codes(q, chip.e4m3), codes(k, chip.e4m3), k_scale, weights, start, stop, out, t, s, h,
+        chunk, KEYS=keys, HEADS=heads, STEP=step, LANES=MOST, ONCE=0 < h <= heads, NATIVE=chip.e4m3, STAGES=stages,
+        num_warps=warps, num_stages=stages)

@@ -188,10 +188,11 @@ def launch(q, k, v, cu_q, cu_k, out, lse, workspace, softmax_scale, causal):
     group = group_of(h, s // max(1, b))
     grid = ((t // bm + b) * h if t and b else 0,)
     tma = chip.tma and s > 0 and h > 0 and k.data_ptr() % 16 == v.data_ptr() % 16 == 0
+    bn = bn if tma or not chip.tma else min(bn, 64)  # by pointers 128 would spill
     k_low, k_high, v_all = k, k, v
     if tma:
         k_low, k_high, v_all = boxes(k, h * 192, (bn, 128)), boxes(k, h * 192, (bn, 64)), boxes(v, h * 128, (bn, 128))
     run(kernel, grid, q, k, v, k_low, k_high, v_all, cu_q, cu_k, out, lse, t, s, h, b, group, abs(softmax_scale) * LOG2E,
-        h * 128, CAUSAL=causal, NEGATIVE=softmax_scale < 0, BM=bm, BN=bn, EDGE=min(bn, 64),
+        h * 128, CAUSAL=causal, NEGATIVE=softmax_scale < 0, BM=bm, BN=bn, EDGE=min(bn, 32 if softmax_scale < 0 else 64),
         STAGES=stages, TMA=tma, num_warps=warps, num_stages=stages)
     refuse(cu_q, cu_k, t, s, b, chip, out, lse)

@@ -22,7 +22,7 @@ def tile(dims, chip):
         return (128, 64, 64, 8, 2), (32, 64, 16, 4 if known else 8, 2, True)
     if chip.amd:
         alone = chip.family == "gfx942" and known
-        return (64, 32, 32, 4, 2), (32, 128, 32 if alone else 16, 4, 1, alone or chip.family == "gfx950")
+        return (64, 32, 32, 4, 2), (32, 128, 32 if alone and dims["causal"] else 16, 4, 1, alone or chip.family == "gfx950")
     if chip.family == "sm120":
         return (64, 16, 16, 4, 2), (16, 128, 16, 8, 2, False)
     return (64, 16, 16, 4, 2), (16, 64, 16, 4, 3, False)
@@ -158,7 +158,7 @@ def launch(dout, dlse, q, k, v, out, lse, cu_q, cu_k, dq, dk, dv, workspace, sof
 
     (t, h, _), s, b, chip = q.shape, k.shape[0], cu_q.shape[0] - 1, chip_of(q)
     delta = lse if workspace is None else workspace.view(torch.float32)  # no queries, no delta
-    for_dq, for_dk = tile({"t": t, "s": s, "h": h, "b": b}, chip)
+    for_dq, for_dk = tile({"t": t, "s": s, "h": h, "b": b, "causal": causal}, chip)
     sizes = t, s, h, b
     tma = chip.family in LARGE and t > 0 and s > 0 and h > 0 and all(x.data_ptr() % 16 == 0 for x in (q, k, v, dout))
 
