@@ -1,7 +1,6 @@
 """What the compiler makes of the Triton kernels for chips that are not there, and the committed table of it."""
 
 import functools
-import math
 import multiprocessing
 import random
 import re
@@ -75,8 +74,7 @@ def drawn(op, count=3000):
 
 def alike(words):
     """A tile's words without those that are sizes of the model, of which there are any number."""
-    words = re.sub(r"\b(E|PARTS|K|TOP_K|N_GROUP|TOPK_GROUP|G|P|WIDE|BINS|D)=\d+", "", words)
-    return re.sub(r"\bPAGE=(\d+)", lambda m: f"PAGE={max(math.gcd(int(m[1]), 64) // 16, 1) if m[1] != '0' else 0}", words)
+    return re.sub(r"\b(E|PARTS|K|TOP_K|N_GROUP|TOPK_GROUP|G|P|WIDE|BINS|D)=\d+", "", words)
 
 
 # ---------------------------------------------------------------- the committed table
@@ -90,7 +88,7 @@ HEAD = f"""# What the compiler makes of the Triton kernels
 
 One line for each kernel and tile (Triton {triton.__version__}, no GPU): registers a thread, bytes of shared memory, spills,
 matrix instructions. Cases are those of the bench, small ones (odd sizes, single tokens), and for the tiles that neither launches
-3000 drawn shapes an op; sizes of a model that are constants of a kernel (experts, heads of a group, the page) count as one.
+3000 drawn shapes an op; sizes of a model that are constants of a kernel (experts, groups, top_k) count as one.
 Of small cases the most over their alignments on sm90; elsewhere, and of drawn ones, the least aligned. `make triton-table`
 writes this file, `make test-long` compares it.
 
