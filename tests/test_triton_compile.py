@@ -77,7 +77,8 @@ def test_tiles_of_several_queries_compile_for_any_page(cache, page):
     ("sm90", 64, 16, 64, False, 64), ("sm90", 3, 20, 64, True, 64), ("sm90", 2, 48, 7, False, 16), ("sm90", 3, 10, 64, False, 64),
     ("sm90", 2, 8, 64, False, 16), ("sm90", 2, 16, 64, True, 16), ("sm90", 3, 20, 16, True, 16),
     ("sm90", 1, 30, 64, False, 32),
-    ("sm120", 2, 48, 64, False, 16), ("sm120", 2, 64, 64, False, 32), ("gfx942", 3, 20, 64, True, 16)])
+    ("sm120", 2, 48, 64, False, 16), ("sm120", 2, 64, 64, False, 32), ("gfx942", 3, 20, 64, True, 16),
+    ("sm86", 3, 20, 64, True, 32), ("sm86", 3, 20, 64, False, 16)])
 def test_rows_of_a_decode_tile(family, q, h, page, fp8, rows):
     """Large tiles where the queries of a sequence divide into them, 16 rows where the others would spill."""
     found = mla_decode.tile({"q": q, "h": h, "page": page, "fp8": fp8}, chip.FAMILIES[family])

@@ -131,9 +131,10 @@ def put(out, acc, bias, first, last, col, n, BM: tl.constexpr, SWAP: tl.constexp
 def dense_item(item, a, a_scale, b, b_scale, bias, out, m, n, k, per_part, BM: tl.constexpr, BN: tl.constexpr,
                BK: tl.constexpr, UNROLL: tl.constexpr, GROUP: tl.constexpr, SWAP: tl.constexpr, A_FP8: tl.constexpr,
                B_FP8: tl.constexpr, NATIVE: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr):
-    """One tile of ``dense_kernel``."""
-    i, j = place(item, tl.cdiv(m, BM), tl.cdiv(n, BN), GROUP)
-    part = tl.program_id(1)
+    """One tile of one part of k of ``dense_kernel``."""
+    m_tiles, n_tiles = tl.cdiv(m, BM), tl.cdiv(n, BN)
+    part = item // (m_tiles * n_tiles)
+    i, j = place(item % (m_tiles * n_tiles), m_tiles, n_tiles, GROUP)
     first = part * per_part
     last = tl.minimum(first + per_part, tl.cdiv(k, BK))
     acc = product(a, a_scale, b, b_scale, i * BM, m, None, j * BN, n, j * BN // 128, k, first, last, BM, BN, BK, UNROLL,
@@ -142,13 +143,14 @@ def dense_item(item, a, a_scale, b, b_scale, bias, out, m, n, k, per_part, BM: t
 
 
 @triton.jit
-def dense_kernel(a, a_scale, b, b_scale, bias, out, m, n, k, per_part, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                 UNROLL: tl.constexpr, GROUP: tl.constexpr, SWAP: tl.constexpr, A_FP8: tl.constexpr, B_FP8: tl.constexpr,
-                 NATIVE: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr, LOOP: tl.constexpr):
-    """``out = a @ b.T + bias``, one tile a program, or with LOOP each num_programs-th; where parts of ``per_part`` steps of k do
-    not make one, ``out[part]`` is the sum over that part, in f32."""
+def dense_kernel(a, a_scale, b, b_scale, bias, out, m, n, k, per_part, parts, BM: tl.constexpr, BN: tl.constexpr,
+                 BK: tl.constexpr, UNROLL: tl.constexpr, GROUP: tl.constexpr, SWAP: tl.constexpr, A_FP8: tl.constexpr,
+                 B_FP8: tl.constexpr, NATIVE: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr, LOOP: tl.constexpr):
+    """``out = a @ b.T + bias``, one tile a program, or with LOOP each num_programs-th; where ``parts`` of ``per_part`` steps of
+    k are not one, ``out[part]`` is the sum over that part, in f32."""
     if LOOP:
-        for item in tl.range(tl.program_id(0), tl.cdiv(m, BM) * tl.cdiv(n, BN), tl.num_programs(0)):
+        items = tl.cdiv(m, BM) * tl.cdiv(n, BN) * parts
+        for item in tl.range(tl.program_id(0), items, tl.num_programs(0), disable_licm=True):  # else it needs more registers
             dense_item(item, a, a_scale, b, b_scale, bias, out, m, n, k, per_part, BM, BN, BK, UNROLL, GROUP, SWAP, A_FP8, B_FP8,
                        NATIVE, EVEN, TMA)
     else:
@@ -362,13 +364,14 @@ def dense(a, a_scale, b, b_scale, bias, out, workspace):
     a, b, kind = kinds(a, b, chip)
     parts, per_part = options.pop("PARTS"), options.pop("per_part")
     partial = workspace[:4 * parts * m * n].view(torch.float32) if parts > 1 else out
-    tiles, programs = triton.cdiv(m, options["BM"]) * triton.cdiv(n, options["BN"]), per_unit(options, dims, chip) * chip.units
-    # More tiles than programs at a time: the next tile's first copies leave while the last one's results are written. With 64
-    # rows, or one address an element, the loop would take the registers of a multiprocessor's second program.
-    options["LOOP"] = tiles > programs and parts == 1 and options["BM"] != 64 and k % 16 == 0
-    grid = (programs if options["LOOP"] else tiles, parts)
+    items = triton.cdiv(m, options["BM"]) * triton.cdiv(n, options["BN"]) * parts
+    programs = per_unit(options, dims, chip) * chip.units
+    # More tiles than programs at a time: the next tile's first copies leave while the last one's results are written.
+    options["LOOP"] = items > programs
+    if options["LOOP"] and chip.family == "sm80" and options["BM"] == 64 and options["BN"] == 128:
+        options["maxnreg"] = 128  # it would take 174 and the place of a multiprocessor's second program
     a, b, options["TMA"] = tiled(a, b, None, options, chip)
-    run(dense_kernel, grid, a, a_scale, b, b_scale, None if parts > 1 else bias, partial, m, n, k, per_part,
-        EVEN=k % options["BK"] == 0, **kind, **options)
+    run(dense_kernel, (min(items, programs),), a, a_scale, b, b_scale, None if parts > 1 else bias, partial, m, n, k, per_part,
+        parts, EVEN=k % options["BK"] == 0, **kind, **options)
     if parts > 1:
         run(sum_kernel, (triton.cdiv(m * n, 1024),), partial, bias, out, n, m * n, PARTS=parts, BLOCK=1024)

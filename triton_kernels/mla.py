@@ -574,8 +574,9 @@ def tile(rows, fp8, page, alike, chip):
             return 32, 64, 4 if page == 0 else c, 8, 2, True, True, chip.units  # 1 would spill for a list of keys
         tight = fp8 and scattered if chip.family == "sm90" else fp8 or scattered  # of registers
         return 64, 32 if tight else 64, c, 8, 2, False, True, chip.units
-    if chip.family == "sm80" and rows > 16:  # in registers: 64 of sums, the operands as they come
-        return 32, 32, c, 8, 3, False, False, chip.units
+    decoded = fp8 and not chip.e4m3 and not chip.amd
+    if rows > 16 and (chip.family == "sm80" or decoded):  # in registers: 64 of sums, the operands as they come
+        return 32, 16 if page % 16 and chip.family != "sm80" else 32, c, 8, 3, False, False, chip.units
     if chip.family == "sm80":
         return 16, 64, 4 if fp8 else 2, 8, 2, False, True, chip.units
     if chip.amd:  # others would spill scalar registers, which lists and odd pages take
@@ -587,7 +588,7 @@ def tile(rows, fp8, page, alike, chip):
         return 16, bn, c, warps, stages, swap, False, chip.units
     if rows > 16 and alike % 32 == 0:
         return 32, 64 if fp8 else 32, 4 if fp8 else 2, 8, 2, False, fp8, chip.units
-    return 16, 64 if fp8 else 32, c, 8, 2 if fp8 else 3, False, True, chip.units
+    return 16, 64 if fp8 and not decoded else 32, c, 8, 2 if fp8 else 3, False, True, chip.units
 
 
 def parts(items, rows, most, bm, bn, units):
