@@ -6,9 +6,10 @@ finds them in memory and not in L2, because the graph's calls take copies in tur
 
 import os
 import re
-import subprocess
 import sys
+import threading
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib import import_module
 from multiprocessing import get_context
@@ -24,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kernomics import chip, numpy_ops
-from kernomics.contract import OPS, Case
+from kernomics.contract import OPS, Case, ContractError
 from kernomics.numerics import BF16_WEIGHTS, TENSOR_CORE
 from kernomics.ops.mla_decode import SCALE
 from kernomics.torch_ops import from_numpy, to_numpy
@@ -70,16 +71,22 @@ ONCE_AROUND = 3  # the copies of a streamed operand fill L2 this many times
 SAMPLES, SAMPLE_S = 40, 2e-3  # replays, and seconds that one of them lasts at least
 MOST_CALLS = 256  # calls of one graph
 LARGEST = 20e9  # bytes of copies
+HANGS_S = 180  # a kernel or a peer that takes longer hangs; some peers compile first
 
 
 def rows(ops=None, family=None):
     """(op, GPU kernel, case) of everything that this bench can run, on chips of one family or on any."""
     for name in ops or OPS:
+        if ops and name not in ON_GPU:
+            raise ContractError(f"bench: op is {name!r}, expected one of {', '.join(ON_GPU)}")
         op = OPS[name]
         for case in [*CASES.get(name, ()), *(c for c in op.cases if c.bench)]:
             for kernel in op.kernels:
                 if kernel.on != "cpu" and (family is None or kernel.fits(family)):
                     yield op, kernel, case
+
+
+ON_GPU = [op.name for op in OPS.values() if any(k.on != "cpu" for k in op.kernels)]
 
 
 def compile_op(name, target):
@@ -182,8 +189,9 @@ def copies(op, work, inputs):
     return [inputs, *(inputs | {n: inputs[n].clone() for n in names} for _ in range(count - 1))], count > 1
 
 
-def bench_case(op, kernel, case, drawn, limits, peers, tick=lambda name: None):
-    """One row of inputs and scalars ``drawn``: a dict with ``failed``, or with the timing and everything a record holds."""
+def bench_case(op, kernel, case, drawn, limits, peers, tick=lambda name: None, without=()):
+    """One row of inputs and scalars ``drawn``: a dict with ``failed``, or with the timing and everything a record holds.
+    ``tick`` hears of each peer before its turn; those of ``without``, as "op:peer", have none."""
     work = op.work(**case)
     row = {"op": op, "kernel": kernel, "case": case, "work": work, "failed": "", "peers": []}
     arrays, scalars = drawn
@@ -210,6 +218,8 @@ def bench_case(op, kernel, case, drawn, limits, peers, tick=lambda name: None):
         return row
     row["peaks"] = limits
     for name, build in (peers.PEERS.get(op.name, {}) if peers else {}).items():
+        if f"{op.name}:{name}" in without:
+            continue
         tick(name)
         found = {"name": name}
         row["peers"].append(found)
@@ -223,6 +233,8 @@ def bench_case(op, kernel, case, drawn, limits, peers, tick=lambda name: None):
             found["ratio"] = found["seconds_median"] / row["timing"].median
         except Exception as error:  # a peer may fail in any way: it is named, and the bench goes on
             found["reason"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+            if not answers():
+                break
     return row
 
 
@@ -295,10 +307,32 @@ def answers():
         return False
 
 
-def main(ops=None, folder=None, peers=True, console=None):
+@contextmanager
+def watched(hangs):
+    """A function to call whenever work begins; ``hangs()`` is called once that is HANGS_S ago, from another thread."""
+    timers = []
+
+    def begin():
+        end()
+        timers.append(threading.Timer(HANGS_S, hangs))
+        timers[-1].daemon = True
+        timers[-1].start()
+
+    def end():
+        while timers:
+            timers.pop().cancel()
+
+    try:
+        yield begin
+    finally:
+        end()
+
+
+def main(ops=None, folder=None, peers=True, console=None, start=0, without=()):
     """Bench on the GPU; returns the rows. Records go to ``<folder>/<chip>.jsonl``, by default out/.
 
-    A kernel (or a peer) that breaks the GPU for this process ends its op; a new process runs the ops after it.
+    A kernel or a peer that hangs, or breaks the GPU for this process, has no further rows of its op: a new process takes this
+    one's place, so that the GPU is free. ``start``, its first row, and ``without``, as "op:kernel" or "op:peer", are for it.
     """
     console = console or Console(width=100)
     module = None
@@ -307,55 +341,72 @@ def main(ops=None, folder=None, peers=True, console=None):
     key, limits = chip_key(torch.cuda.get_device_name(0)), ceilings()
     shown = ", ".join(f"{n} {v / 1e12:.2f} T" for n, v in limits.items() if n.startswith(("bytes_copy", "flops")))
     console.print(f"{torch.cuda.get_device_name(0)} as {key}: {shown}/s")
-    compile_all(ops, chip.current(0), console)
     todo, done = list(rows(ops, chip.current(0).family)), []
+    if not start:
+        compile_all(ops, chip.current(0), console)
     found = run.versions() | {"triton": import_module("triton").__version__, "cuda": torch.version.cuda or torch.version.hip}
     meta = {"versions": found, "commit": os.environ.get("KERNOMICS_COMMIT") or run.commit(),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     path = Path(folder or "out") / f"{key}.jsonl"
-    with Progress(TextColumn("{task.description:<62.62}"), BarColumn(15), MofNCompleteColumn(), TimeElapsedColumn(),
-                  console=console, transient=True) as progress:
-        task, of, drawn = progress.add_task("", total=len(todo)), None, None
-        for op, kernel, case in todo:
-            title = f"{op.name}: {case.bench}"
-            progress.update(task, description=title)
+    progress = Progress(TextColumn("{task.description:<62.62}"), BarColumn(15), MofNCompleteColumn(), TimeElapsedColumn(),
+                        console=console, transient=True)
+    at, actor = 0, ""
+
+    def finish():
+        progress.stop()
+        show(console, done)
+        if made := sum(not row["failed"] for row in done):
+            console.print(f"records of {made} rows in {path}", style="dim")
+
+    def go_on(what, first):
+        """The rows from ``first`` on in a new process, without the one at work."""
+        name = todo[at][0].name
+        console.print(f"{name}: {actor} {what}; a new process goes on without it", style="red")
+        finish()
+        sys.stdout.flush()
+        flags = [*(f"--op={n}" for n in ops or ()), f"--results={path.parent}", *([] if peers else ["--no-peers"]),
+                 f"--start={first}", *(f"--without={x}" for x in [*without, f"{name}:{actor}"])]
+        os.execv(sys.executable, [sys.executable, "-m", "kernomics.bench.gpu", *flags])
+
+    # A row whose peer hangs is timed anew: its record was not written.
+    with progress, watched(lambda: go_on("hangs", at + (actor == todo[at][1].name))) as begin:
+        task, of, drawn = progress.add_task("", total=len(todo), completed=start), None, None
+        for at, (op, kernel, case) in enumerate(todo[start:], start):
+            title, actor = f"{op.name}: {case.bench}", kernel.name
+            progress.update(task, description=title, completed=at)
+            if f"{op.name}:{kernel.name}" in without:
+                continue
             if of is not case:  # kernels of a case take the same inputs, of which some take seconds to draw
                 drawn = None
                 of, drawn = case, numpy_ops.sample(op, case)
-            done.append(bench_case(op, kernel, case, drawn, limits, module,
-                                   lambda name, title=title: progress.update(task, description=f"{title}: {name}")))
-            progress.advance(task)
-            if not answers():
-                done[-1]["failed"] = done[-1]["failed"] or "a peer broke the GPU"
-                break
+
+            def tick(name, title=title):
+                nonlocal actor
+                actor = name
+                begin()
+                progress.update(task, description=f"{title}: {name}")
+
+            begin()
+            done.append(bench_case(op, kernel, case, drawn, limits, module, tick, without))
             if not done[-1]["failed"]:
-                run.write([record(done[-1], key, meta)], path)  # at once: a kernel that hangs ends the bench
+                run.write([record(done[-1], key, meta)], path)  # at once, whatever comes
+            if not answers():
+                go_on("broke the GPU for this process", at + 1)
             torch.cuda.empty_cache()
-    show(console, done)
-    made = sum(not row["failed"] for row in done)
-    if made:
-        console.print(f"{made} records in {path}", style="dim")
-    left = [op.name for op, _, _ in todo[len(done):]]
-    if left:
-        name = done[-1]["op"].name
-        console.print(f"The last row broke the GPU for this process: {left.count(name)} rows of {name} are not run", style="red")
-        rest = dict.fromkeys(n for n in left if n != name)
-        flags = [*(f"--op={n}" for n in rest), f"--results={path.parent}", *([] if peers else ["--no-peers"])]
-        if rest:
-            subprocess.run([sys.executable, "-m", "kernomics.bench.gpu", *flags])
+    finish()
     return done
 
 
 def dry(ops=None, console=None):
     """Without a GPU: what would run, and that each kernel loads; returns the number of rows."""
     console = console or Console(width=100)
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), title="rows of the GPU bench", title_justify="left")
-    for name in ("op", "case", "kernel"):
-        table.add_column(name, no_wrap=True)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title="cases of the GPU bench", title_justify="left")
+    for name, least in (("op", 20), ("case", 1), ("kernels", 12)):
+        table.add_column(name, no_wrap=True, min_width=least)
     for name in ("GFLOP", "MB"):
-        table.add_column(name, justify="right")
-    count = 0
-    for op, kernel, case in rows(ops):
+        table.add_column(name, justify="right", no_wrap=True, min_width=5)
+    found, listed = list(rows(ops)), []
+    for op, kernel, case in found:
         name = kernel.name
         try:
             kernel.load()
@@ -363,20 +414,27 @@ def dry(ops=None, console=None):
             if not kernel.native:
                 raise
             name += " (not built)"
+        if listed and listed[-1][1] is case:
+            listed[-1][2].append(name)
+        else:
+            listed.append((op, case, [name]))
+    for op, case, kernels in listed:
         work = op.work(**case)
-        table.add_row(op.name, case.bench, name, f"{work.flops / 1e9:.1f}", f"{work.bytes / 1e6:.1f}")
-        count += 1
+        table.add_row(op.name, case.bench, ", ".join(kernels), *(f"{x:.{0 if x >= 10 else 2}f}"
+                                                                 for x in (work.flops / 1e9, work.bytes / 1e6)))
     console.print(table)
-    return count
+    return len(found)
 
 
 if __name__ == "__main__":  # make gpu: a machine that has no pydantic, which newer typer needs
     import argparse
 
     parser = argparse.ArgumentParser(description="Judge and time the GPU kernels.")
-    parser.add_argument("--op", action="append", choices=list(OPS), help="only this op; repeatable")
+    parser.add_argument("--op", action="append", choices=ON_GPU, help="only this op; repeatable")
     parser.add_argument("--results", help="folder for <chip>.jsonl; by default out/")
     parser.add_argument("--no-peers", dest="peers", action="store_false")
+    parser.add_argument("--start", type=int, default=0, help="the first row, of those of all ops given")
+    parser.add_argument("--without", action="append", default=[], help="op:kernel or op:peer to leave out; repeatable")
     parser.add_argument("--dry", action="store_true", help="list the rows and load each kernel, without a GPU")
     given = parser.parse_args()
     if given.dry:
@@ -384,4 +442,5 @@ if __name__ == "__main__":  # make gpu: a machine that has no pydantic, which ne
     elif not torch.cuda.is_available():
         sys.exit("bench: torch sees no GPU; --dry lists the rows")
     else:
-        sys.exit(any(row["failed"] for row in main(given.op, given.results, given.peers)))
+        done = main(given.op, given.results, given.peers, None, given.start, given.without)
+        sys.exit(bool(given.without) or any(row["failed"] for row in done))

@@ -283,35 +283,94 @@ def test_large_gpu_cases_are_judged_on_drawn_rows():
     assert {name for name in large if OPS[name].rows is None} <= {"moe_permute"}
 
 
-@pytest.mark.parametrize("peers", [True, False])
-def test_a_broken_gpu_costs_the_rest_of_its_op_alone(peers, monkeypatch, tmp_path, capsys):
-    """After an illegal address this process can do no more on the GPU; a new one runs the ops that are left."""
-    from types import SimpleNamespace
+class Replaced(Exception):
+    """A new process is in this one's place."""
 
+
+@pytest.fixture
+def bench_without_gpu(monkeypatch):
+    """bench.gpu where CUDA kernels are wrong at once and Triton's right, and the processes that replace this one."""
     import torch
     from kernomics.bench import gpu
 
     from kernomics import chip
 
-    commands, turns = [], iter([True, True, False])
+    commands = []
+
+    def replace(python, command):
+        commands.append(command[2:])
+        raise Replaced
+
     monkeypatch.setattr(gpu.chip, "current", lambda index: chip.FAMILIES["sm90"])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(gpu, "ceilings", lambda: {})
+    monkeypatch.setattr(gpu, "answers", lambda: True)
     monkeypatch.setattr(gpu, "compile_all", lambda *args: None)
+    monkeypatch.setattr(gpu.os, "execv", replace)
     monkeypatch.setattr(gpu, "bench_case", lambda op, kernel, case, *more: {
         "op": op, "kernel": kernel, "case": case, "work": op.work(**case), "failed": "" if kernel.name == "triton" else "wrong",
         "error": 0.0, "peers": [], "cold": False, "peaks": {"bytes_copy": 4e12, "flops_bf16": 8e14},
         "timing": timing.Timing(1e-5, 1e-5, 1e-5, 40)})
+    return gpu, commands
+
+
+OPS_LEFT = ["--op=moe_route", "--op=moe_combine"]
+
+
+@pytest.mark.parametrize("peers", [True, False])
+def test_a_broken_gpu_costs_one_kernel_alone(peers, bench_without_gpu, monkeypatch, tmp_path, capsys):
+    """After an illegal address this process can do no more on the GPU; a new one goes on without the kernel."""
+    gpu, commands = bench_without_gpu
+    turns = iter([True, True, False])
     monkeypatch.setattr(gpu, "answers", lambda: next(turns))
-    monkeypatch.setattr(gpu, "subprocess", SimpleNamespace(run=lambda command: commands.append(command[2:])))
-    done = gpu.main(["moe_route", "moe_combine", "mla_index"], tmp_path, peers)
-    assert [row["op"].name for row in done] == ["moe_route"] * 3
-    assert commands == [["kernomics.bench.gpu", "--op=moe_combine", "--op=mla_index", f"--results={tmp_path}",
-                         *([] if peers else ["--no-peers"])]]
-    assert "3 rows of moe_route are not run" in capsys.readouterr().out
+    with pytest.raises(Replaced):
+        gpu.main(["moe_route", "moe_combine"], tmp_path, peers)
+    assert commands == [["kernomics.bench.gpu", *OPS_LEFT, f"--results={tmp_path}", *([] if peers else ["--no-peers"]),
+                         "--start=3", "--without=moe_route:cuda"]]
+    shown = capsys.readouterr().out
+    assert "moe_route: cuda broke the GPU for this process" in shown and "records of 1 rows in" in shown
     (record,) = map(json.loads, (tmp_path / "h200.jsonl").read_text().splitlines())
     assert (record["op"], record["kernel"], record["chip"]) == ("moe_route", "triton", "h200")
+
+    monkeypatch.setattr(gpu, "answers", lambda: True)
+    done = gpu.main(["moe_route", "moe_combine"], tmp_path, peers, None, 3, ["moe_route:cuda"])
+    expected = list(gpu.rows(["moe_route", "moe_combine"], "sm90"))[3:]
+    assert [(r["op"].name, r["kernel"].name, r["case"]) for r in done] == [
+        (op.name, k.name, case) for op, k, case in expected if (op.name, k.name) != ("moe_route", "cuda")]
+
+
+@pytest.mark.parametrize("who", ["triton", "a peer"])
+def test_a_kernel_that_hangs_costs_itself_alone(who, bench_without_gpu, monkeypatch, tmp_path, capsys):
+    import threading
+
+    gpu, commands = bench_without_gpu
+    hung, failures, quick = threading.Event(), [], gpu.bench_case
+
+    def hangs(op, kernel, case, drawn, limits, peers, tick, without):
+        if kernel.name == "triton":
+            if who == "a peer":
+                tick(who)
+            hung.wait(20)
+            raise KeyboardInterrupt  # the process ends here
+        return quick(op, kernel, case)
+
+    monkeypatch.setattr(threading, "excepthook", lambda x: (failures.append(x.exc_type), hung.set()))
+    monkeypatch.setattr(gpu, "bench_case", hangs)
+    monkeypatch.setattr(gpu, "HANGS_S", 0.2)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main(["moe_route", "moe_combine"], tmp_path)
+    first = 2 if who == "triton" else 1  # the row of a peer that hangs is timed without it
+    assert failures == [Replaced] and commands == [["kernomics.bench.gpu", *OPS_LEFT, f"--results={tmp_path}",
+                                                    f"--start={first}", f"--without=moe_route:{who}"]]
+    assert f"moe_route: {who} hangs" in capsys.readouterr().out
+
+
+def test_the_gpu_bench_names_its_ops():
+    from kernomics.bench import gpu
+
+    with pytest.raises(ContractError, match="op is 'moe_balance', expected one of fp8_quantize"):
+        gpu.dry(["moe_balance"])
 
 
 def test_a_kernel_that_does_not_compile_fails_alone(monkeypatch, capsys):

@@ -374,14 +374,18 @@ def _bench_gpu(ops, results, peers, dry):
         import torch
 
         from kernomics.bench import gpu
+        from kernomics.contract import ContractError
     except ImportError as error:
         _refuse("bench --gpu", error)
-    if dry:
-        gpu.dry(ops)
-    elif not torch.cuda.is_available():
+    if not dry and not torch.cuda.is_available():
         _refuse("bench --gpu", "torch sees no GPU; --dry lists the rows")
-    elif any(row["failed"] for row in gpu.main(ops, results, peers)):
-        raise typer.Exit(1)
+    try:
+        if dry:
+            gpu.dry(ops)
+        elif any(row["failed"] for row in gpu.main(ops, results, peers)):
+            raise typer.Exit(1)
+    except ContractError as error:
+        _refuse("bench --gpu", error)
 
 
 @app.command()
