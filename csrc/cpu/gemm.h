@@ -233,8 +233,11 @@ template <int M, class Emit> static void stream_shifted(const Fp8Weights& w, int
     }
 }
 
+#ifndef KN_SHIFTS  // the build under the address sanitizer says true, so that every machine checks this path
+#define KN_SHIFTS __builtin_cpu_is("amd")
+#endif
 template <class Emit> static bool stream_fast(int64_t m, const Fp8Weights& w, int64_t n0, int64_t n1, const float* x, const Emit& emit) {
-    if (m > 2 || !__builtin_cpu_is("amd")) return false;
+    if (m < 1 || m > 2 || !KN_SHIFTS) return false;
     m == 1 ? stream_shifted<1>(w, n0, n1, x, emit) : stream_shifted<2>(w, n0, n1, x, emit);
     return true;
 }
