@@ -91,7 +91,7 @@ template <bool SWAPPED, int WAVES, int Y, int CLUSTER, bool GROUPED> __global__ 
 
     if (thread == 0) {
         for (int s = 0; s < STAGES; ++s) {
-            barrier_init(full + s, p.mapped ? 1 + 32 : 128);
+            barrier_init(full + s, p.mapped ? 1 + 32 : 128 + 32);  // the last 32 when their scales have landed
             barrier_init(empty + s, 8 * CLUSTER);
         }
         barrier_init_fence();
@@ -128,8 +128,7 @@ template <bool SWAPPED, int WAVES, int Y, int CLUSTER, bool GROUPED> __global__ 
                 const int to = SWAPPED && p.splits > 1 ? split_start(job.blocks, p.splits, rank + 1) : job.blocks;
                 const int64_t weight_row = int64_t(job.g) * p.n + job.col;
                 for (int kb = from; kb < to; ++kb, at.next(STAGES)) {
-                    if (CLUSTER > 1) barrier_wait_cluster(empty + at.slot, at.parity ^ 1);
-                    else barrier_wait(empty + at.slot, at.parity ^ 1);
+                    barrier_wait(empty + at.slot, at.parity ^ 1);
                     unsigned char* const x = tiles + at.slot * (X + Y) * 128;
                     unsigned char* const y = x + X * 128;
                     const int64_t x_row = SWAPPED ? weight_row : job.row, y_row = SWAPPED ? job.row : weight_row;
@@ -152,10 +151,8 @@ template <bool SWAPPED, int WAVES, int Y, int CLUSTER, bool GROUPED> __global__ 
                         copy_rows(x, SWAPPED ? p.b : p.a, x_row, SWAPPED ? int64_t(p.e) * p.n : p.m, X, p.k, kb * 128, thread);
                         copy_rows(y, SWAPPED ? p.a : p.b, y_row, SWAPPED ? p.m : int64_t(p.e) * p.n, Y, p.k, kb * 128, thread);
                         fence_async();
-                        if (warp > 0) {
-                            barrier_arrive(full + at.slot);
-                            continue;
-                        }
+                        barrier_arrive(full + at.slot);
+                        if (warp > 0) continue;
                     }
                     float* const s = scales + at.slot * SCALES;
                     const float* from_scale = p.a_scale + int64_t(job.row + lane) * p.blocks + kb;
@@ -322,14 +319,16 @@ template <const GemmTile* TILES, int I, bool GROUPED> void launch_gemm(const cha
         y = T.swapped ? rows_map(p.a, rows_a, p.k, T.y) : rows_map(p.b, rows_b, p.k, T.y);
     }
     const int of = T.cluster > 1 ? T.cluster : p.splits;
-    int64_t clusters = int64_t(units()) * (T.swapped ? 2 : 1) / of;
+    const size_t shared = size_t(T.shared_bytes(GROUPED ? p.e : 0));
+    const bool two = T.swapped && 2 * (shared + 1024) <= 228 << 10;  // on a multiprocessor; over 878 groups it is one
+    int64_t clusters = int64_t(units()) * (two ? 2 : 1) / of;
     if (!GROUPED) {
         const int64_t tiles = up(p.m, T.tokens()) * up(up(p.n, T.weights()), T.cluster);
         clusters = p.splits > 1 ? tiles : least(clusters, tiles);
     }
     if (clusters < 1) clusters = 1;
     launch<fp8_gemm_kernel<T.swapped, T.waves, T.y, T.cluster, GROUPED>>(
-        name, Grid{dim3(unsigned(clusters * of)), 384, size_t(T.shared_bytes(GROUPED ? p.e : 0)), of}, stream, x, y, p);
+        name, Grid{dim3(unsigned(clusters * of)), 384, shared, of}, stream, x, y, p);
 }
 
 template <const GemmTile* TILES, bool GROUPED, int... I>

@@ -94,8 +94,10 @@ inline CUtensorMap tensor_map(CUtensorMapDataType type, const void* base, int ra
         cudaDriverEntryPointQueryResult found;
         check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found),
               "tensor maps");
+        if (found != cudaDriverEntryPointSuccess || !entry) throw std::runtime_error("tensor maps: the driver has none");
         return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry);
     }();
+    check(cudaSetDevice(device()), "tensor maps");  // binds a context, which a thread new to CUDA does not have
     CUtensorMap map;
     const uint32_t ones[5] = {1, 1, 1, 1, 1};
     const CUresult result =

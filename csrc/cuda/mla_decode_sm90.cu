@@ -130,8 +130,7 @@ __device__ void load_mapped(const MlaArgs& a, const CUtensorMap* map, unsigned c
 #pragma unroll
                 for (int third = 0; third < THIRDS; ++third) {
                     const int first = third * 4, panels = third < 2 ? 4 : 1;
-                    if (CLUSTER > 1) barrier_wait_cluster(&m.empty[slot][third], (j >> 1 & 1) ^ 1);
-                    else barrier_wait(&m.empty[slot][third], (j >> 1 & 1) ^ 1);
+                    barrier_wait(&m.empty[slot][third], (j >> 1 & 1) ^ 1);
                     if (third == 0) m.odd[slot] = !known;
                     barrier_expect(&m.full[slot][third], panels * PANEL);
 #pragma unroll
@@ -470,8 +469,7 @@ __global__ void __launch_bounds__(512, 1)
             if (local == 0) mla_note(m.cuts, s);
             part_sync(1, 128);  // all are done with this segment, and see the next
         }
-        if (CLUSTER > 1) barrier_wait_cluster(&m.empty[j & 1][2], (j >> 1 & 1) ^ 1);
-        else barrier_wait(&m.empty[j & 1][2], (j >> 1 & 1) ^ 1);
+        barrier_wait(&m.empty[j & 1][2], (j >> 1 & 1) ^ 1);
         if (local == 0) m.note[j & 1].stop = true;
         __syncwarp();
         if (lane == 0) barrier_arrive(&m.weights[j & 1]);

@@ -18,11 +18,11 @@ __device__ __forceinline__ void barrier_init_fence() { asm volatile("fence.mbarr
 __device__ __forceinline__ void barrier_arrive(uint64_t* bar) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
 }
-// Arrives at the same barrier of another block of the cluster.
+// Arrives at the same barrier of another block of the cluster, to say that reads are done. Not for handing over data: with the
+// release that needs, each arrival waits for all of the thread's stores (MEMBAR.ALL.GPU), and each acquiring wait empties L1.
 __device__ __forceinline__ void barrier_arrive_remote(uint64_t* bar, int rank) {
     asm volatile(
-        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, "
-        "[there]; }" ::"r"(shared_address(bar)),
+        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(shared_address(bar)),
         "r"(rank)
         : "memory");
 }
@@ -36,14 +36,6 @@ __device__ __forceinline__ void barrier_wait(uint64_t* bar, uint32_t parity) {
                      shared_address(bar)),
                  "r"(parity)
                  : "memory");
-}
-// The same, with the acquisition of what other blocks of the cluster wrote before they arrived.
-__device__ __forceinline__ void barrier_wait_cluster(uint64_t* bar, uint32_t parity) {
-    asm volatile(
-        "{ .reg .pred done; again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1; @!done bra again; "
-        "}" ::"r"(shared_address(bar)),
-        "r"(parity)
-        : "memory");
 }
 
 // ---- copies by tensor map; destinations are aligned to 128 bytes (1024 under the 128-byte swizzle)

@@ -571,7 +571,6 @@ inline void barrier_wait(uint64_t* bar, uint32_t parity) {
     if (parity > 1) cpu::fail("a parity is 0 or 1");
     cpu::wait_until("barrier_wait", [=] { return uint32_t(cpu::open(bar).state & 1) != parity; });
 }
-inline void barrier_wait_cluster(uint64_t* bar, uint32_t parity) { barrier_wait(bar, parity); }
 
 static constexpr uint64_t EVICT_FIRST = 0x12f0000000000000, EVICT_NORMAL = 0x1000000000000000;
 
