@@ -33,7 +33,7 @@ template <int N> struct Few {  // bytes of shared memory; N query rows
         uint64_t full[STEPS], empty[STEPS];
         int odd[STEPS];  // the tile's page is none
         float most[8][N], sums[8][N];  // of each warp
-        uint32_t exponents[8][4];      // of each warp's scales of 128 columns: the largest, above it 255 less the smallest
+        alignas(16) uint32_t exponents[8][4];  // of each warp's scales of 128 columns: the largest, above it 255 less the smallest
         float factor[N];               // of a row's scores, to base 2
     };
     static constexpr int SHARED = 1024 + QUERIES + STEPS * SLOT + 2 * OUTSIDE + int(sizeof(State));
@@ -185,6 +185,7 @@ __device__ __forceinline__ void few_scores(float (&d)[N / 2], const unsigned cha
                 if (n < 2) to[r] = word(r, step * 2), to[r + 2] = word(r, step * 2 + 1);
                 else widen_e4m3(word(r, n % 2 * 2 + step), to[r], to[r + 2]);
             }
+        hold(w[n % 2][0]), hold(w[n % 2][1]);
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < 2; ++step) {
@@ -441,6 +442,8 @@ __global__ void __launch_bounds__(384, 1)
                                 widen_e4m3(__byte_perm(raw[step / 2][step % 2 * 2 + k], 0, 0x3120), w[i % 2][step][2 * k],
                                            w[i % 2][step][2 * k + 1]);
                         const uint64_t p = descriptor(shared_address(weights(which, panel)), 1024);
+#pragma unroll
+                        for (auto& of : w[i % 2]) hold(of);
                         wgmma_fence();
 #pragma unroll
                         for (int step = 0; step < 4; ++step)
@@ -460,6 +463,7 @@ __global__ void __launch_bounds__(384, 1)
                 }
                 if (more) part_sync(1, 256);  // all have used these weights
             }
+            if (MAPPED) fence_async();  // threads have read what the copy engine will overwrite
             __syncwarp();
             if (lane == 0)
                 for (int which = 0; which < tiles; ++which) barrier_arrive(&m.empty[(j + which) % F::STEPS]);

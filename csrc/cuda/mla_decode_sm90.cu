@@ -236,16 +236,16 @@ __device__ inline void load_fp8(const MlaArgs& a, unsigned char* slots, MlaShare
                 *reinterpret_cast<uint4*>(to + place + 2 * g * PANEL + i * 16 * 128) = wide[0];
                 *reinterpret_cast<uint4*>(to + (place ^ 16) + 2 * g * PANEL + i * 16 * 128) = wide[1];
             }
+            if (g % 2) {  // before more loads leave, for which the fence would wait
+                fence_async();
+                __syncwarp();
+                if (lane == 0) barrier_arrive(&m.full[slot][g / 2]);
+            }
             if (g < 2) fetch(j, g + 2);
             else if (more) fetch(j + 1, g - 2);
             if (g == 0 && more && lane < 16) {
                 const int ahead = tiles.token[(j + 1) & 1][lane];
                 if (ahead >= 0) prefetch_l2(a.cache + int64_t(ahead) * 656, 656);
-            }
-            if (g % 2) {
-                fence_async();
-                __syncwarp();
-                if (lane == 0) barrier_arrive(&m.full[slot][g / 2]);
             }
         }
     }
@@ -512,6 +512,7 @@ __global__ void __launch_bounds__(512, 1)
                                 w[step][i] = pack_bf16(v.x * by.x, v.y * by.y);
                             }
                         }
+                        hold(w[0]), hold(w[1]);
                         wgmma_fence();
 #pragma unroll
                         for (int step = 0; step < 2; ++step)

@@ -133,6 +133,10 @@ template <int N> __device__ __forceinline__ void hold(float (&d)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
+// Nor writes of an operand in registers: before wgmma_fence.
+__device__ __forceinline__ void hold(uint32_t (&a)[4]) {
+    asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3])::"memory");
+}
 
 // Registers of a tile of N columns: their names in PTX, and the operands.
 #define KN_R0 "%0, %1, %2, %3, %4, %5, %6, %7"

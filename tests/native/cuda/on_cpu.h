@@ -656,7 +656,7 @@ template <int N> void wgmma_wait() {
     if (!cpu::me().open.empty()) cpu::fail("wgmma wait before commit");
     cpu::finish(N);
 }
-template <int N> void hold(float (&)[N]) {}
+template <class T, int N> void hold(T (&)[N]) {}
 template <int N> void wgmma_e4m3(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
     cpu::me().open.push_back({d, N, 32, cpu::Type::e4m3, false, accumulate, false, a, b, {}});
 }
