@@ -53,9 +53,11 @@ ifdef DRY
 	$(BIN)/python -m pytest tests/test_triton_compile.py
 	$(BIN)/kernomics bench --gpu --dry
 else
-	$(PYTHON) -m pip install -q --no-index --no-build-isolation --no-deps --upgrade --target build/gpu .
-	failed=0; export PYTHONPATH=build/gpu KERNOMICS_COMMIT=$$(git describe --always --dirty --exclude '*' 2> /dev/null); \
-	$(PYTHON) -m pytest -p no:cacheprovider $$($(PYTHON) -c "import xdist; print('-n 8')" 2> /dev/null) \
+	PATH="$$PATH:/usr/local/cuda/bin" $(PYTHON) -m pip install -q --no-index --no-build-isolation --no-deps --upgrade --target build/gpu .
+	failed=0; export PYTHONPATH="build/gpu$${PYTHONPATH:+:$$PYTHONPATH}"; \
+	export KERNOMICS_COMMIT="$${KERNOMICS_COMMIT:-$$(git describe --always --dirty --exclude '*' 2> /dev/null)}"; \
+	OPENBLAS_NUM_THREADS=2 OMP_NUM_THREADS=2 $(PYTHON) -m pytest -p no:cacheprovider \
+	    $$($(PYTHON) -c "import xdist; print('-n 8')" 2> /dev/null) \
 	    $$($(PYTHON) -c "import pytest_timeout; print('--timeout 120 --timeout-method thread')" 2> /dev/null) tests/test_triton.py || failed=1; \
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=30000000000 $(PYTHON) -m kernomics.bench.gpu --results $(RESULTS) || failed=1; \
 	exit $$failed

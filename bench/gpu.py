@@ -122,21 +122,25 @@ def chip_key(name):
 
 
 def graph_of(calls):
-    """A CUDA graph of the calls, once warmed up on a side stream."""
+    """A CUDA graph of the calls, each once warmed up on a side stream."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for call in calls[:2]:
+        for call in dict.fromkeys(calls):
             call()
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # The outer `with` gives the stream back where a capture that fails leaves its own.
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
         for call in calls:
             call()
     return graph
 
 
 def replay_seconds(graph, times=1):
+    """Of ``times`` replays behind another one, which hides the launch and, of a new graph, its upload."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    graph.replay()
     start.record()
     for _ in range(times):
         graph.replay()
@@ -167,7 +171,8 @@ def ceilings():
     try:
         a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
         one = torch.ones((), device="cuda")
-        call = lambda: torch._scaled_mm(a8, b8, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)  # noqa: E731
+        call = lambda: torch._scaled_mm(a8, b8, scale_a=one, scale_b=one, out_dtype=torch.bfloat16,  # noqa: E731
+                                         use_fast_accum=True)
         found["flops_fp8"] = 2 * n**3 / measure([call], 20).median
     except (RuntimeError, ValueError):
         pass  # a chip without FP8 products has no such ceiling
@@ -190,11 +195,11 @@ def copies(op, work, inputs):
 
 
 def bench_case(op, kernel, case, drawn, limits, peers, tick=lambda name: None, without=()):
-    """One row of inputs and scalars ``drawn``: a dict with ``failed``, or with the timing and everything a record holds.
-    ``tick`` hears of each peer before its turn; those of ``without``, as "op:peer", have none."""
+    """One row: a dict with ``failed``, or with the timing and everything a record holds. ``drawn``: inputs, scalars and the
+    judge's memo of them. ``tick`` hears of each peer before its turn; those of ``without``, as "op:peer", have none."""
     work = op.work(**case)
     row = {"op": op, "kernel": kernel, "case": case, "work": work, "failed": "", "peers": []}
-    arrays, scalars = drawn
+    arrays, scalars, memo = drawn
 
     def call_on(given):
         args = [*given.values(), *scalars.values()]
@@ -206,8 +211,7 @@ def bench_case(op, kernel, case, drawn, limits, peers, tick=lambda name: None, w
         torch.cuda.synchronize()
         tensors = inputs if op.mutates else {}
         outs = [to_numpy(x.cpu()) for x in run._results(op, result, tensors)]
-        row["failed"], row["error"] = run.judge(op, work, arrays, scalars, outs,
-                                                bf16_weights=BF16_WEIGHTS,
+        row["failed"], row["error"] = run.judge(op, work, arrays, scalars, outs, memo, bf16_weights=BF16_WEIGHTS,
                                                 tensor_core=TENSOR_CORE if chip.current(0).e4m3 else 0.0)
         if row["failed"]:
             return row
@@ -378,7 +382,7 @@ def main(ops=None, folder=None, peers=True, console=None, start=0, without=()):
                 continue
             if of is not case:  # kernels of a case take the same inputs, of which some take seconds to draw
                 drawn = None
-                of, drawn = case, numpy_ops.sample(op, case)
+                of, drawn = case, (*numpy_ops.sample(op, case), {})
 
             def tick(name, title=title):
                 nonlocal actor
@@ -390,6 +394,9 @@ def main(ops=None, folder=None, peers=True, console=None, start=0, without=()):
             done.append(bench_case(op, kernel, case, drawn, limits, module, tick, without))
             if not done[-1]["failed"]:
                 run.write([record(done[-1], key, meta)], path)  # at once, whatever comes
+            if not console.is_terminal:  # no progress is seen there, and the table comes last
+                time = f"{done[-1]['timing'].median * 1e6:.1f} us" if not done[-1]["failed"] else f"FAILED {done[-1]['failed']}"
+                console.print(f"{at + 1}/{len(todo)} {title}, {kernel.name}: {time}")
             if not answers():
                 go_on("broke the GPU for this process", at + 1)
             torch.cuda.empty_cache()

@@ -57,10 +57,12 @@ def matmul(x):
 
 @peer("torch scaled_mm", "fp8_gemm")
 def scaled_mm(x):
-    """Block-scaled: 1 x 128 and 128 x 128, scales of A with rows innermost."""
-    a_scale = x.a_scale.t().contiguous().t()
+    """Block-scaled: 1 x 128 and 128 x 128, scales of A with rows innermost; of a multiple of 4 rows, as cuBLASLt wants."""
+    m = len(x.a)
+    a = F.pad(x.a.view(torch.uint8), (0, 0, 0, -m % 4)).view(x.a.dtype)
+    a_scale = F.pad(x.a_scale, (0, 0, 0, -m % 4)).t().contiguous().t()
     b, b_scale = x.b.t(), x.b_scale.t()
-    return lambda: torch._scaled_mm(x.a, b, scale_a=a_scale, scale_b=b_scale, out_dtype=torch.bfloat16)
+    return lambda: torch._scaled_mm(a, b, scale_a=a_scale, scale_b=b_scale, out_dtype=torch.bfloat16)[:m]
 
 
 @peer("DeepGEMM", "fp8_gemm")
@@ -78,8 +80,10 @@ def deep_gemm(x):
 
 @peer("FlashInfer", "fp8_gemm")
 def flashinfer_gemm(x):
+    """Scales of A with rows innermost, padded to a multiple of 4."""
     lib = need("flashinfer.gemm")
-    return lambda: lib.fp8_blockscale_gemm_sm90(x.a, x.b, x.a_scale, x.b_scale, out_dtype=torch.bfloat16)
+    a_scale = F.pad(x.a_scale.t(), (0, -len(x.a) % 4)).contiguous()
+    return lambda: lib.fp8_blockscale_gemm_sm90(x.a, x.b, a_scale, x.b_scale, out_dtype=torch.bfloat16)
 
 
 @peer("torch grouped bf16", "fp8_grouped_gemm")
@@ -185,7 +189,8 @@ def flex_attention(x):
     lib = need("torch.nn.attention.flex_attention")
     size = int(x.cu_q[1])
     mask = lib.create_block_mask(lambda b, h, i, j: i >= j, None, None, size, size, device=x.q.device) if x.causal else None
-    compiled = torch.compile(lib.flex_attention)
+    torch._dynamo.reset()  # after a few shapes it would compile for any, then not at all
+    compiled = torch.compile(lib.flex_attention, dynamic=False)
     return prefill(x, lambda q, k, v: compiled(q, k, v, block_mask=mask, scale=x.softmax_scale))
 
 
@@ -213,5 +218,6 @@ def combine(x):
         rows = y[row_of.clamp(min=0)].float() * (weights * (row_of >= 0))[..., None]
         return rows.sum(1).to(y.dtype)
 
-    compiled = torch.compile(body)
+    torch._dynamo.reset()  # as above
+    compiled = torch.compile(body, dynamic=False)
     return lambda: compiled(x.y, x.row_of, x.weights)

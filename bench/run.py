@@ -123,18 +123,21 @@ def _own(op, inputs):
     return {n: x.copy() if n in op.mutates else x for n, x in inputs.items()}
 
 
-def judge(op, work, inputs, scalars, outs, **more):
+def judge(op, work, inputs, scalars, outs, memo=None, **more):
     """(worst measure's complaint or "", first measure) of a result, on some of its rows where it is large.
 
-    ``more`` is what else the op's judge should know, as ``tensor_core``.
+    ``memo``: a dict that keeps the definition's result, for other results of the same inputs. ``more`` is what else the op's
+    judge should know, as ``tensor_core``.
     """
+    memo = {} if memo is None else memo
     if max(work.flops, work.bytes) > LARGE:
         rows = 64 if work.flops < 1e9 else 8 if work.bytes < 3e8 else 1
         inputs, outs = numpy_ops.sampled_rows(op, inputs, list(outs), rows)
-    fresh = _own(op, inputs)
     with np.errstate(all="ignore"):
-        want = _results(op, op.define(**fresh, **scalars), fresh)
-        measures = (op.judge or numerics.judge_default)(tuple(outs), want, {**inputs, **scalars, **more})
+        if "want" not in memo:
+            fresh = _own(op, inputs)
+            memo["want"] = _results(op, op.define(**fresh, **scalars), fresh)
+        measures = (op.judge or numerics.judge_default)(tuple(outs), memo["want"], {**inputs, **scalars, **more})
     wrong = [f"{name} is {value:.3g}, at most {bound:.3g} allowed" for name, (value, bound) in measures.items()
              if not value <= bound]
     return "; ".join(wrong), float(next(iter(measures.values()))[0])

@@ -330,6 +330,7 @@ def test_a_broken_gpu_costs_one_kernel_alone(peers, bench_without_gpu, monkeypat
                          "--start=3", "--without=moe_route:cuda"]]
     shown = capsys.readouterr().out
     assert "moe_route: cuda broke the GPU for this process" in shown and "records of 1 rows in" in shown
+    assert ", cuda: FAILED wrong" in shown and ", triton: 10.0 us" in shown  # a line a row where no progress bar is seen
     (record,) = map(json.loads, (tmp_path / "h200.jsonl").read_text().splitlines())
     assert (record["op"], record["kernel"], record["chip"]) == ("moe_route", "triton", "h200")
 
@@ -364,6 +365,18 @@ def test_a_kernel_that_hangs_costs_itself_alone(who, bench_without_gpu, monkeypa
     assert failures == [Replaced] and commands == [["kernomics.bench.gpu", *OPS_LEFT, f"--results={tmp_path}",
                                                     f"--start={first}", f"--without=moe_route:{who}"]]
     assert f"moe_route: {who} hangs" in capsys.readouterr().out
+
+
+def test_kernels_of_a_case_are_judged_by_one_definition(monkeypatch):
+    op, memo, calls = OPS["moe_combine"], {}, []
+    inputs, scalars = numpy_ops.sample(op, Case(t=3, d=4, top_k=2))
+    monkeypatch.setattr(op, "define", lambda *args, f=op.define, **named: (calls.append(1), f(*args, **named))[1])
+    right = op.define(**inputs, **scalars).astype(np.float32)
+    for outs in ([right], [right + 1], [right]):
+        kept = run.judge(op, op.work(t=3, d=4, top_k=2), inputs, scalars, outs, memo)
+        assert kept == run.judge(op, op.work(t=3, d=4, top_k=2), inputs, scalars, outs)
+        assert bool(kept[0]) == (outs[0] is not right)
+    assert len(calls) == 1 + 1 + 3
 
 
 def test_the_gpu_bench_names_its_ops():

@@ -61,6 +61,17 @@ def assume(monkeypatch):
     return lambda family: monkeypatch.setattr(common, "ASSUMED", CHIPS[family]) if INTERPRET else None
 
 
+@pytest.fixture(autouse=True)
+def gpu_of_a_worker():
+    """After an illegal address a process's GPU answers no more: xdist's worker ends, and a new one runs the other tests."""
+    yield
+    if not INTERPRET and os.environ.get("PYTEST_XDIST_WORKER"):
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
+
+
 GUARD = 4096  # bytes of 0xFF (NaN, -1) on either side of every tensor; a kernel may neither use nor change them
 
 

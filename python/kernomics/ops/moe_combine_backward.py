@@ -27,6 +27,24 @@ def _judge(got, want, inputs):
     return {f"dy {name}": v for name, v in dy.items()} | {f"dweights {name}": v for name, v in dweights.items()}
 
 
+def _rows(rng, inputs):
+    """At most 64 tokens, those that name a row with one of them, and the rows that these name."""
+    row_of = inputs["row_of"]
+    chosen = np.zeros(len(row_of), bool)
+    chosen[rng.permutation(len(row_of))[:64]] = True
+    named = np.zeros(len(inputs["y"]) + 1, bool)  # the last: of -1, which is no row
+    while True:
+        named[row_of[chosen]] = True
+        named[-1] = False
+        more = named[row_of].any(1) | chosen
+        if (more == chosen).all():
+            break
+        chosen = more
+    rows, place = np.flatnonzero(named), np.cumsum(named, dtype=np.int32) - 1
+    cut = {n: x if x is None else x[rows] if n == "y" else x[chosen] for n, x in inputs.items()}
+    return cut | {"row_of": np.where(row_of < 0, -1, place[row_of])[chosen]}, lambda outs: [outs[0][rows], outs[1][chosen]]
+
+
 @op(
     flops=lambda t, top_k, d: 3 * t * top_k * d,
     cases=[
@@ -41,6 +59,7 @@ def _judge(got, want, inputs):
     sample=lambda rng, t, top_k, d, weights=None: sample_rows_of(rng, t, top_k, d) | (
         {"weights": draw_weights(rng, t, top_k)} if weights else {}),
     check_data=check_rows_of,
+    rows=_rows,
     judge=_judge,
     kernels=[Kernel("triton", "kernomics.triton_kernels.moe_combine_backward:launch", on="gpu")],
 )
