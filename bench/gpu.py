@@ -72,6 +72,7 @@ SAMPLES, SAMPLE_S = 40, 2e-3  # replays, and seconds that one of them lasts at l
 MOST_CALLS = 256  # calls of one graph
 LARGEST = 20e9  # bytes of copies
 HANGS_S = 180  # a kernel or a peer that takes longer hangs; some peers compile first
+ON_GPU = [op.name for op in OPS.values() if any(k.on != "cpu" for k in op.kernels)]
 
 
 def rows(ops=None, family=None):
@@ -84,9 +85,6 @@ def rows(ops=None, family=None):
             for kernel in op.kernels:
                 if kernel.on != "cpu" and (family is None or kernel.fits(family)):
                     yield op, kernel, case
-
-
-ON_GPU = [op.name for op in OPS.values() if any(k.on != "cpu" for k in op.kernels)]
 
 
 def compile_op(name, target):

@@ -153,6 +153,19 @@ def test_many_copies(name, case, most, per, monkeypatch, assume):
     judge(op, got, want if isinstance(want, tuple) else (want,), inputs | scalars)
 
 
+def test_a_row_of_a_wider_tensor(assume):
+    """A tensor of one row counts as contiguous whatever its stride, which torch does not view as words where it is odd."""
+    from kernomics.triton_kernels import moe_permute
+
+    assume("sm90")
+    x = torch.arange(4 * 67, dtype=torch.bfloat16, device=DEVICE).view(4, 67)[1:2, 1:65]
+    x_sorted = torch.empty(2, 64, dtype=torch.bfloat16, device=DEVICE)
+    experts = torch.tensor([[2, 0]], dtype=torch.int32, device=DEVICE)
+    offsets, row_of = (torch.empty(n, dtype=torch.int32, device=DEVICE) for n in ((4,), (1, 2)))
+    moe_permute.launch(x.contiguous(), experts, x_sorted, offsets, row_of, None, 3)
+    assert x_sorted.equal(x.expand(2, 64)) and offsets.tolist() == [0, 1, 1, 2] and row_of.tolist() == [[1, 0]]
+
+
 @pytest.mark.skipif(not INTERPRET, reason="bench cases take this path on a GPU")
 @pytest.mark.parametrize("family", ["sm90", "sm100", "sm80", "gfx942"])
 @pytest.mark.parametrize("op_name, case, rows", [

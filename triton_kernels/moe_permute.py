@@ -222,8 +222,8 @@ def launch(x, experts, x_sorted, offsets, row_of, workspace, n_experts):
     copies, size = t * top_k, x.element_size()
     whole = all(n * size % 4 == 0 for n in (d, x.storage_offset(), x_sorted.storage_offset()))
     word = torch.int32 if whole else {1: torch.uint8, 2: torch.int16}[size]  # bits, four bytes at a time where rows allow it
-    x, x_sorted = x.view(word), x_sorted.view(word)
-    d, size = x.shape[1], word.itemsize
+    d, size = d * size // word.itemsize, word.itemsize
+    x, x_sorted = x.reshape(-1).view(word).view(t, d), x_sorted.view(word)  # a single row may have any stride
     k = triton.next_power_of_2(max(top_k, 1))
     cols = min(tile({"t": t, "row": d * size}, chip_of(x)) // size, max(16, 32768 // k))
     parts = triton.cdiv(d, cols)
