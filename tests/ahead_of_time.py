@@ -35,7 +35,7 @@ def report(kernel):
         cubin.write_bytes(kernel.asm["cubin"])
         run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
         usage = run([TOOLS / "cuobjdump", "-res-usage", cubin]).stdout
-        sass = run([TOOLS / "nvdisasm", "-c", cubin]).stdout
+        sass = run([TOOLS / "nvdisasm", "-c", "-ndf", cubin]).stdout
     registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups())
     # What a thread spills lies on its stack and moves by LDL and STL.
     spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
