@@ -59,7 +59,7 @@ else
 	OPENBLAS_NUM_THREADS=2 OMP_NUM_THREADS=2 $(PYTHON) -m pytest -p no:cacheprovider \
 	    $$($(PYTHON) -c "import xdist; print('-n 8')" 2> /dev/null) \
 	    $$($(PYTHON) -c "import pytest_timeout; print('--timeout 120 --timeout-method thread')" 2> /dev/null) tests/test_triton.py || failed=1; \
-	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=30000000000 $(PYTHON) -m kernomics.bench.gpu --results $(RESULTS) || failed=1; \
+	MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=30000000000 $(PYTHON) -m kernomics.bench.gpu --results $(RESULTS) || failed=1; \
 	exit $$failed
 endif
 

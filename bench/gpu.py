@@ -8,10 +8,12 @@ import os
 import re
 import sys
 import threading
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib import import_module
+from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -71,6 +73,7 @@ ONCE_AROUND = 3  # the copies of a streamed operand fill L2 this many times
 SAMPLES, SAMPLE_S = 40, 2e-3  # replays, and seconds that one of them lasts at least
 MOST_CALLS = 256  # calls of one graph
 LARGEST = 20e9  # bytes of copies
+LOOK_AHEAD = 3  # cases drawn before their turn
 HANGS_S = 180  # a kernel or a peer that takes longer hangs; some peers compile first
 ON_GPU = [op.name for op in OPS.values() if any(k.on != "cpu" for k in op.kernels)]
 
@@ -192,24 +195,44 @@ def copies(op, work, inputs):
     return [inputs, *(inputs | {n: inputs[n].clone() for n in names} for _ in range(count - 1))], count > 1
 
 
+def draw(op, case):
+    """(inputs, scalars, the definition's results) of a case."""
+    inputs, scalars = numpy_ops.sample(op, case)
+    return inputs, scalars, run.definition(op, op.work(**case), inputs, scalars)
+
+
+def ahead(cases, pool):
+    """((op, kernel, case), a future of ``draw``) of each row; LOOK_AHEAD cases are drawn beside the GPU's work.
+
+    Kernels of a case, which follow each other, share one."""
+    todo = [(op, case, list(group)) for (op, case), group in groupby(cases, lambda x: (x[0], x[2]))]
+    futures = deque()
+    for i, (_, _, group) in enumerate(todo):
+        while len(futures) <= LOOK_AHEAD and i + len(futures) < len(todo):
+            futures.append(pool.submit(draw, *todo[i + len(futures)][:2]))
+        future = futures.popleft()
+        for row in group:
+            yield row, future
+
+
 def bench_case(op, kernel, case, drawn, limits, peers, tick=lambda name: None, without=()):
-    """One row: a dict with ``failed``, or with the timing and everything a record holds. ``drawn``: inputs, scalars and the
-    judge's memo of them. ``tick`` hears of each peer before its turn; those of ``without``, as "op:peer", have none."""
+    """One row: a dict with ``failed``, or with the timing and everything a record holds. ``drawn``: a future of ``draw``.
+    ``tick`` hears of each peer before its turn; those of ``without``, as "op:peer", have none."""
     work = op.work(**case)
     row = {"op": op, "kernel": kernel, "case": case, "work": work, "failed": "", "peers": []}
-    arrays, scalars, memo = drawn
 
     def call_on(given):
         args = [*given.values(), *scalars.values()]
         return lambda: op.torch_call(*args, kernel.name)
 
     try:
+        arrays, scalars, want = drawn.result()
         inputs = {n: x if x is None else from_numpy(x).cuda() for n, x in arrays.items()}
         result = call_on(inputs)()
         torch.cuda.synchronize()
         tensors = inputs if op.mutates else {}
         outs = [to_numpy(x.cpu()) for x in run._results(op, result, tensors)]
-        row["failed"], row["error"] = run.judge(op, work, arrays, scalars, outs, memo, bf16_weights=BF16_WEIGHTS,
+        row["failed"], row["error"] = run.judge(op, work, arrays, scalars, outs, want, bf16_weights=BF16_WEIGHTS,
                                                 tensor_core=TENSOR_CORE if chip.current(0).e4m3 else 0.0)
         if row["failed"]:
             return row
@@ -371,17 +394,15 @@ def main(ops=None, folder=None, peers=True, console=None, start=0, without=()):
         os.execv(sys.executable, [sys.executable, "-m", "kernomics.bench.gpu", *flags])
 
     # A row whose peer hangs is timed anew: its record was not written.
-    with progress, watched(lambda: go_on("hangs", at + (actor == todo[at][1].name))) as begin:
-        task, of, drawn = progress.add_task("", total=len(todo), completed=start), None, None
-        for at, (op, kernel, case) in enumerate(todo[start:], start):
+    pool = ThreadPoolExecutor(LOOK_AHEAD)
+    sys.setswitchinterval(1e-4)  # a launch waits no longer for those threads than the replay before it lasts
+    with progress, watched(lambda: go_on("hangs", at + (actor == todo[at][1].name))) as begin, pool:
+        task = progress.add_task("", total=len(todo), completed=start)
+        for at, ((op, kernel, case), drawn) in enumerate(ahead(todo[start:], pool), start):
             title, actor = f"{op.name}: {case.bench}", kernel.name
             progress.update(task, description=title, completed=at)
             if f"{op.name}:{kernel.name}" in without:
                 continue
-            if of is not case:  # kernels of a case take the same inputs, of which some take seconds to draw
-                drawn = None
-                of, drawn = case, (*numpy_ops.sample(op, case), {})
-
             def tick(name, title=title):
                 nonlocal actor
                 actor = name

@@ -123,21 +123,32 @@ def _own(op, inputs):
     return {n: x.copy() if n in op.mutates else x for n, x in inputs.items()}
 
 
-def judge(op, work, inputs, scalars, outs, memo=None, **more):
-    """(worst measure's complaint or "", first measure) of a result, on some of its rows where it is large.
-
-    ``memo``: a dict that keeps the definition's result, for other results of the same inputs. ``more`` is what else the op's
-    judge should know, as ``tensor_core``.
-    """
-    memo = {} if memo is None else memo
+def sampled(op, work, inputs, outs=()):
+    """Inputs and outputs that a result is judged by: some rows of a large one."""
     if max(work.flops, work.bytes) > LARGE:
         rows = 64 if work.flops < 1e9 else 8 if work.bytes < 3e8 else 1
-        inputs, outs = numpy_ops.sampled_rows(op, inputs, list(outs), rows)
+        return numpy_ops.sampled_rows(op, inputs, list(outs), rows)
+    return inputs, outs
+
+
+def definition(op, work, inputs, scalars):
+    """The definition's results that ``judge`` compares with."""
+    inputs, _ = sampled(op, work, inputs)
+    fresh = _own(op, inputs)
     with np.errstate(all="ignore"):
-        if "want" not in memo:
-            fresh = _own(op, inputs)
-            memo["want"] = _results(op, op.define(**fresh, **scalars), fresh)
-        measures = (op.judge or numerics.judge_default)(tuple(outs), memo["want"], {**inputs, **scalars, **more})
+        return _results(op, op.define(**fresh, **scalars), fresh)
+
+
+def judge(op, work, inputs, scalars, outs, want=None, **more):
+    """(worst measure's complaint or "", first measure) of a result, on some of its rows where it is large.
+
+    ``want``: the definition's results, where they are known. ``more`` is what else the op's judge should know, as
+    ``tensor_core``.
+    """
+    want = definition(op, work, inputs, scalars) if want is None else want
+    inputs, outs = sampled(op, work, inputs, outs)
+    with np.errstate(all="ignore"):
+        measures = (op.judge or numerics.judge_default)(tuple(outs), want, {**inputs, **scalars, **more})
     wrong = [f"{name} is {value:.3g}, at most {bound:.3g} allowed" for name, (value, bound) in measures.items()
              if not value <= bound]
     return "; ".join(wrong), float(next(iter(measures.values()))[0])

@@ -368,15 +368,26 @@ def test_a_kernel_that_hangs_costs_itself_alone(who, bench_without_gpu, monkeypa
 
 
 def test_kernels_of_a_case_are_judged_by_one_definition(monkeypatch):
-    op, memo, calls = OPS["moe_combine"], {}, []
-    inputs, scalars = numpy_ops.sample(op, Case(t=3, d=4, top_k=2))
+    """Each case is drawn once, some before their turn, and its kernels are judged by that."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from kernomics.bench import gpu
+
+    op, calls = OPS["moe_combine"], []
     monkeypatch.setattr(op, "define", lambda *args, f=op.define, **named: (calls.append(1), f(*args, **named))[1])
-    right = op.define(**inputs, **scalars).astype(np.float32)
-    for outs in ([right], [right + 1], [right]):
-        kept = run.judge(op, op.work(t=3, d=4, top_k=2), inputs, scalars, outs, memo)
-        assert kept == run.judge(op, op.work(t=3, d=4, top_k=2), inputs, scalars, outs)
-        assert bool(kept[0]) == (outs[0] is not right)
-    assert len(calls) == 1 + 1 + 3
+    rows = [(op, kernel, Case(t=3, d=d, top_k=2)) for d in range(4, 12) for kernel in ("cuda", "triton")]
+    with ThreadPoolExecutor(2) as pool:
+        for at, (row, drawn) in enumerate(gpu.ahead(rows, pool)):
+            inputs, scalars, want = drawn.result()
+            assert row == rows[at] and inputs["y"].shape[1] == row[2]["d"]
+            assert len(calls) <= at // 2 + 1 + gpu.LOOK_AHEAD
+            work = op.work(**row[2])
+            right = op.define(**inputs, **scalars).astype(np.float32)
+            calls.pop()
+            for out in (right, right + 1):
+                kept = run.judge(op, work, inputs, scalars, [out], want)
+                assert bool(kept[0]) == (out is not right)
+    assert len(calls) == 8
 
 
 def test_the_gpu_bench_names_its_ops():
