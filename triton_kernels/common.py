@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.target_info import is_cuda
 
 from kernomics import chip
 
@@ -40,6 +41,16 @@ def codes(x, native):
 
 
 @triton.jit
+def to_bf16(x):
+    """f32 rounded to bf16, on NVIDIA two at a time: the compiler rounds those that go on as f32 one by one, at a quarter of the
+    rate."""
+    if is_cuda():
+        return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], tl.bfloat16, is_pure=True, pack=2)
+    else:
+        return x.to(tl.bfloat16)
+
+
+@triton.jit
 def e4m3_decode(b):
     """e4m3 bytes as f16, exactly ``value / 256``: sign, exponent and mantissa move to their places, and f16 has eight more
     in the bias; a code of NaN is NaN. No comparison: those of many bytes at a time fill gfx942's scalar registers."""
@@ -51,19 +62,21 @@ def e4m3_decode(b):
 
 @triton.jit
 def e4m3_encode(x, native: tl.constexpr):
-    """f32 as e4m3 bytes: to nearest even, saturating at 448; NaN and Inf become 0x7f."""
-    size = tl.abs(x)
-    finite = size < float("inf")
+    """f32 as e4m3 bytes: to nearest even, saturating at 448; NaN becomes 0x7f. x is no Inf."""
     if native:
-        out = tl.clamp(tl.where(finite, x, 0.0), -448.0, 448.0).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        if is_cuda():  # cvt.satfinite
+            out = x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        else:
+            out = tl.clamp(x, -448.0, 448.0).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+            out = tl.where(x == x, out, 0x7F).to(tl.uint8)
     else:
         sign = (x.to(tl.uint32, bitcast=True) >> 24) & 0x80
-        size = tl.where(finite, tl.minimum(size, 448.0), 0.0)
+        size = tl.minimum(tl.abs(x), 448.0)
         bits = size.to(tl.uint32, bitcast=True)
         normal = (bits + 0x7FFFF + ((bits >> 20) & 1) >> 20) - (120 << 3)  # rounds at bit 20; the bias falls from 127 to 7
         small = (size + 16384.0).to(tl.uint32, bitcast=True) & 0xF  # the last bit of 2**14 counts 2**-9
-        out = (tl.where(size < 0.015625, small, normal) | sign).to(tl.uint8)
-    return tl.where(finite, out, 0x7F).to(tl.uint8)
+        out = tl.where(x == x, tl.where(size < 0.015625, small, normal) | sign, 0x7F).to(tl.uint8)
+    return out
 
 
 @triton.jit
@@ -80,16 +93,39 @@ def block_scale(amax, floor, pow2: tl.constexpr):
 
 
 @triton.jit
+def quotients(v, scale, STEPS: tl.constexpr):
+    """``v / scale`` for a block's scales, the bits of a true division; NaN for NaN and Inf, whose remainder is Inf - Inf.
+
+    From the rounded reciprocal: a first guess is off by an ulp or two, and each step takes its remainder off: after two the
+    result is the rounded quotient (Markstein's theorem), for values of bf16 after one. Values and scales are multiplied by
+    2**64 where remainders of tiny ones would underflow."""
+    up = tl.where(scale < 8.673617379884035e-19, 1.8446744073709552e19, 1.0)
+    scale *= up
+    inverse = tl.div_rn(1.0, scale)
+    v *= up
+    q = v * inverse
+    for _ in tl.static_range(STEPS):
+        q = tl.fma(-tl.fma(q, scale, -v), inverse, q)
+    return q
+
+
+@triton.jit
+def finite_size(v):
+    """Magnitudes; 0 for NaN and Inf, which an amax does not count."""
+    size = tl.abs(v)
+    return tl.where(size < float("inf"), size, 0.0)
+
+
+@triton.jit
 def quantize(v, codes, scales, row, rows, first, k, floor, ROWS: tl.constexpr, BLOCKS: tl.constexpr, POW2: tl.constexpr,
              NATIVE: tl.constexpr):
-    """Codes and scales, one a row and 128 columns, of f32 values ``[ROWS, BLOCKS * 128]`` from column ``first * 128`` on."""
-    size = tl.abs(v)
-    size = tl.where(size < float("inf"), size, 0.0)  # NaN and Inf do not count
-    scale = block_scale(tl.max(tl.reshape(size, (ROWS, BLOCKS, 128)), axis=2), floor, POW2)
+    """Codes and scales, one a row and 128 columns, of bf16 values in f32 ``[ROWS, BLOCKS * 128]`` from column ``first * 128``
+    on."""
+    scale = block_scale(tl.max(tl.reshape(finite_size(v), (ROWS, BLOCKS, 128)), axis=2), floor, POW2)
     each = tl.reshape(tl.broadcast_to(scale[:, :, None], (ROWS, BLOCKS, 128)), (ROWS, BLOCKS * 128))
     col = first * 128 + tl.arange(0, BLOCKS * 128)
     inside = (row < rows)[:, None] & (col < k)[None, :]
-    tl.store(codes + row[:, None] * k + col[None, :], e4m3_encode(tl.div_rn(v, each), NATIVE), mask=inside)
+    tl.store(codes + row[:, None] * k + col[None, :], e4m3_encode(quotients(v, each, 1), NATIVE), mask=inside)
     block = first + tl.arange(0, BLOCKS)
     inside = (row < rows)[:, None] & (block < tl.cdiv(k, 128))[None, :]
     tl.store(scales + row[:, None] * tl.cdiv(k, 128) + block[None, :], scale, mask=inside)

@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from kernomics.triton_kernels.common import block_scale, chip_of, e4m3_encode, raw, run
+from kernomics.triton_kernels.common import block_scale, chip_of, e4m3_encode, finite_size, quotients, raw, run
 
 
 def tile(dims, chip):
@@ -15,7 +15,7 @@ def tile(dims, chip):
 
 @triton.jit
 def kernel(x, codes, scales, m, k, floor, B0: tl.constexpr, B1: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-           POW2: tl.constexpr, NATIVE: tl.constexpr, FAR: tl.constexpr):
+           POW2: tl.constexpr, STEPS: tl.constexpr, NATIVE: tl.constexpr, FAR: tl.constexpr):
     """FAR: the elements of a tile lie up to 2**31 apart; otherwise addresses within it take 32 bits, half the registers."""
     columns = tl.cdiv(tl.cdiv(k, B1), COLS)
     pid = tl.program_id(0)
@@ -28,12 +28,10 @@ def kernel(x, codes, scales, m, k, floor, B0: tl.constexpr, B1: tl.constexpr, RO
     x += first * k
     codes += first * k
     v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    size = tl.abs(v)
-    size = tl.where(size < float("inf"), size, 0.0)  # NaN and Inf do not count
-    amax = tl.max(tl.max(tl.reshape(size, (ROWS, B0, COLS, B1)), axis=3), axis=1)
+    amax = tl.max(tl.max(tl.reshape(finite_size(v), (ROWS, B0, COLS, B1)), axis=3), axis=1)
     scale = block_scale(amax, floor, POW2)
     divisor = tl.reshape(tl.broadcast_to(scale[:, None, :, None], (ROWS, B0, COLS, B1)), (ROWS * B0, COLS * B1))
-    tl.store(codes + at, e4m3_encode(tl.div_rn(v, divisor), NATIVE), mask=inside)
+    tl.store(codes + at, e4m3_encode(quotients(v, divisor, STEPS), NATIVE), mask=inside)
     row, col = i * ROWS + tl.arange(0, ROWS), j * COLS + tl.arange(0, COLS)
     inside = (row < tl.cdiv(m, B0))[:, None] & (col < tl.cdiv(k, B1))[None, :]
     tl.store(scales + row[:, None] * tl.cdiv(k, B1) + col[None, :], scale, mask=inside)
@@ -44,4 +42,4 @@ def launch(x, codes, scales, workspace, block, scale, floor):
     rows, cols, warps = tile({"m": m, "k": k, "block0": b0, "block1": b1}, chip)
     grid = (triton.cdiv(m, rows * b0) * triton.cdiv(k, cols * b1),)
     run(kernel, grid, x, raw(codes), scales, m, k, floor, B0=b0, B1=b1, ROWS=rows, COLS=cols, POW2=scale == "pow2",
-        NATIVE=chip.e4m3, FAR=rows * b0 * k >= 2**31, num_warps=warps)
+        STEPS=1 if x.element_size() == 2 else 2, NATIVE=chip.e4m3, FAR=rows * b0 * k >= 2**31, num_warps=warps)

@@ -18,7 +18,7 @@ that always hold keep a block's work behind the loads of the next block, and the
 import torch
 import triton
 import triton.language as tl
-from kernomics.triton_kernels.common import LOG2E, chip_of, run
+from kernomics.triton_kernels.common import LOG2E, chip_of, run, to_bf16
 
 GAP = 2  # blocks that an item costs beyond its keys: first loads that nothing hides, and its results
 
@@ -278,12 +278,12 @@ def add_one(acc, w, fade, v, go, EARLY: tl.constexpr, HOLD: tl.constexpr):
 
 @triton.jit
 def add_swapped(acc, w, fade, v):
-    """``[W, 2 * rows]``: the products with both parts of a weight side by side, so that v passes once."""
-    high = w.to(tl.bfloat16)
-    low = (w - high.to(tl.float32)).to(tl.bfloat16)
+    """``[W, 2 * rows]``: the products with both parts of a weight side by side, so that v passes once. They are rounded
+    by pairs: of parts rounded one by one ptxas 12.8 stored some in each other's place."""
+    rest = w - to_bf16(w).to(tl.float32)
     BN: tl.constexpr = w.shape[0]
     BM: tl.constexpr = w.shape[1]
-    both = tl.reshape(tl.join(high, low), (BN, 2 * BM))
+    both = to_bf16(tl.reshape(tl.join(w, rest), (BN, 2 * BM)))
     fade = tl.reshape(tl.join(fade, fade), (2 * BM,))
     return tl.dot(tl.trans(v), both, acc * fade[None, :])
 

@@ -8,7 +8,7 @@ place of a table, whose other places nobody reads.
 import torch
 import triton
 import triton.language as tl
-from kernomics.triton_kernels.common import FLOOR, block_scale, chip_of, e4m3_encode, run
+from kernomics.triton_kernels.common import FLOOR, block_scale, chip_of, e4m3_encode, finite_size, quotients, run
 
 FEW = 1024
 
@@ -52,14 +52,12 @@ def kernel(kv_c, k_pe, latent, rope, scales, slots, owner, weight, cos, sin, t, 
     x = tl.load(kv_c + token[:, None] * 512 + col[None, :], mask=keep[:, None], other=0.0).to(tl.float32)
     if weight is not None:
         mean = tl.sum(x * x, axis=1) / 512.0
-        x = tl.div_rn(x, tl.sqrt_rn(mean + eps)[:, None]) * tl.load(weight + col).to(tl.float32)[None, :]
+        x = x * tl.div_rn(1.0, tl.sqrt_rn(mean + eps))[:, None] * tl.load(weight + col).to(tl.float32)[None, :]
     x = x.to(tl.bfloat16)
     if FP8:
         v = tl.reshape(x.to(tl.float32), (TOKENS, 4, 128))
-        size = tl.abs(v)
-        size = tl.where(size < float("inf"), size, 0.0)  # NaN and Inf do not count
-        scale = block_scale(tl.max(size, axis=2), FLOOR, POW2)
-        codes = e4m3_encode(tl.div_rn(v, tl.broadcast_to(scale[:, :, None], (TOKENS, 4, 128))), NATIVE)
+        scale = block_scale(tl.max(finite_size(v), axis=2), FLOOR, POW2)
+        codes = e4m3_encode(quotients(v, tl.broadcast_to(scale[:, :, None], (TOKENS, 4, 128)), 1), NATIVE)
         tl.store(latent + slot[:, None] * 656 + col[None, :], tl.reshape(codes, (TOKENS, 512)), mask=keep[:, None])
         tl.store(scales + slot[:, None] * 164 + 128 + tl.arange(0, 4)[None, :], scale, mask=keep[:, None])
     else:

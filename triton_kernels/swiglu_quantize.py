@@ -2,7 +2,8 @@
 
 import triton
 import triton.language as tl
-from kernomics.triton_kernels.common import FLOOR, chip_of, quantize, raw, run
+from kernomics.triton_kernels.common import FLOOR, chip_of, quantize, raw, run, to_bf16
+from triton.language.target_info import is_cuda
 
 
 def tile(dims, chip):
@@ -12,8 +13,15 @@ def tile(dims, chip):
 
 @triton.jit
 def swiglu(gate, up):
-    """``silu(gate) * up`` of f32 values, rounded to bf16 and back."""
-    return (tl.div_rn(gate, 1.0 + tl.exp(-gate)) * up).to(tl.bfloat16).to(tl.float32)
+    """``silu(gate) * up`` of f32 values, rounded to bf16 and back.
+
+    On NVIDIA the reciprocal in PTX: Triton's division guards ranges that do not occur here."""
+    below = 1.0 + tl.exp2(gate * -1.4426950408889634)
+    if is_cuda():
+        gate *= tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [below], tl.float32, is_pure=True, pack=1)
+    else:
+        gate /= below
+    return to_bf16(gate * up).to(tl.float32)
 
 
 @triton.jit

@@ -165,7 +165,7 @@ def sampled_rows(op, inputs, outs, count=64, seed=0):
         return inputs, outs
     if callable(op.rows):
         inputs, select = op.rows(rng, inputs)
-        return inputs, select(outs)
+        return inputs, select(outs) if outs else outs
 
     def axis(spec):
         words = [d.text for d in spec.alternatives[0].dims]
