@@ -15,6 +15,7 @@ from kernomics.bench import gpu
 from kernomics.triton_kernels import warmup
 from rich.progress import track
 
+import machine_code
 from kernomics import OPS, chip
 from kernomics.contract import Case
 
@@ -39,8 +40,9 @@ def report(kernel):
     registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups())
     # What a thread spills lies on its stack and moves by LDL and STL.
     spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    return found | {"registers": registers, "spills": spills, "stack": stack, "matrix": sorted(set(re.findall(MATRIX, sass))),
-                    "tma": "UTMALDG" in sass}
+    matrix = sorted(set(re.findall(MATRIX, sass)))
+    return found | {"registers": registers, "spills": spills, "stack": stack, "matrix": matrix, "tma": "UTMALDG" in sass,
+                    "undefined": machine_code.undefined(sass) if {"HGMMA", "QGMMA"} & {*matrix} else []}
 
 
 # ---------------------------------------------------------------- shapes
@@ -127,6 +129,7 @@ def resources(op, kernel, family, cases):
         rows.append({"op": op.name, "chip": family, "cases": cases, "kernel": name, "tile": words,
                      "dots": any("tt.dot" in k.asm["ttir"] for k in compiled),
                      "matrix": sorted({x for r in reports for x in r["matrix"]}),
+                     "undefined": [x for r in reports for x in r.get("undefined", ())],
                      **{figure: max(r[figure] for r in reports) for figure in ("registers", "shared", "spills")}})
     return rows
 

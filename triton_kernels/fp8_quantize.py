@@ -9,7 +9,7 @@ def tile(dims, chip):
     """Blocks (rows, columns) of a program and its warps. Unmeasured: 16 bytes a thread and load, 4 loads in flight."""
     b0, b1 = dims["block0"], dims["block1"]
     if b0 == 1:  # 1024 elements for few rows, so that one token fills the chip; 4096 otherwise
-        return (1, 8, 4) if dims["m"] * dims["k"] < chip.units * 8192 else (16, 2, 4)
+        return (1, 8, 4 if dims["m"] * dims["k"] < chip.units * 8192 else 2)
     return (1, 1, 8) if b1 == 128 else (1, 32, 8)
 
 

@@ -271,7 +271,7 @@ def options_of(bm, dims, chip):
     if bm == 64:
         return options | {"num_stages": 3 if chip.shared < 128 << 10 else 4}
     if chip.family == "sm90" and not decoded:
-        return options | {"UNROLL": 2 if dims["a_bytes"] == 1 else 1, "num_stages": 3}
+        return options | {"UNROLL": 2 if dims["a_bytes"] == 1 else 1, "TMA": dims["a_bytes"] == 1, "num_stages": 3}
     stage = bm * options["BK"] * (dims["a_bytes"] + dims["b_bytes"])
     return options | {"TMA": chip.family in ("sm100", "sm103"), "num_stages": min(4, (chip.shared - 2048) // stage)}
 

@@ -278,8 +278,7 @@ def add_one(acc, w, fade, v, go, EARLY: tl.constexpr, HOLD: tl.constexpr):
 
 @triton.jit
 def add_swapped(acc, w, fade, v):
-    """``[W, 2 * rows]``: the products with both parts of a weight side by side, so that v passes once. They are rounded
-    by pairs: of parts rounded one by one ptxas 12.8 stored some in each other's place."""
+    """``[W, 2 * rows]``: the products with both parts of a weight side by side, so that v passes once."""
     rest = w - to_bf16(w).to(tl.float32)
     BN: tl.constexpr = w.shape[0]
     BM: tl.constexpr = w.shape[1]
@@ -567,13 +566,18 @@ def tile(rows, fp8, page, alike, chip):
             return 64, 32, 4, 8, 1, False, True, chip.units
         return 16, 64, 4, 8, 3 if fp8 and alike % 16 else 2, True, True, chip.units
     if chip.family in ("sm90", "sm100", "sm103"):
+        if chip.family == "sm90" and fp8 and 16 < rows <= 32 and alike % 32 == 0 and page % 32 == 0 < page:
+            return 32, 32, 4, 4, 2, False, False, 2 * chip.units
         if rows <= (32 if fp8 else 16):
             c = 4 if alike % 16 and chip.family != "sm90" else c  # 1 would spill
+            if chip.family == "sm90" and not fp8 and alike % 16 == 0 and page % 64 == 0 < page:
+                return 16, 64, 4, 4, 2, True, True, chip.units
             return 16, 64, c, 8, 3 if fp8 and page == 0 and chip.family == "sm90" else 2, True, True, chip.units
         if rows <= 32 and chip.family == "sm90":
             return 32, 64, 4 if page == 0 else c, 8, 2, True, True, chip.units  # 1 would spill for a list of keys
         tight = fp8 and scattered if chip.family == "sm90" else fp8 or scattered  # of registers
-        return 64, 32 if tight else 64, c, 8, 2, False, True, chip.units
+        stages = 1 if chip.family == "sm90" and fp8 and page % 64 == 0 else 2
+        return 64, 32 if tight else 64, c, 8, stages, False, True, chip.units
     decoded = fp8 and not chip.e4m3 and not chip.amd
     if rows > 16 and (chip.family == "sm80" or decoded):  # in registers: 64 of sums, the operands as they come
         return 32, 16 if page % 16 and chip.family != "sm80" else 32, c, 8, 3, False, False, chip.units
@@ -620,6 +624,9 @@ def launch(q, kv_cache, places, lens, sink, out, lse, workspace, factor, causal,
     if items * rows == 0:
         return
     compiled = isinstance(kernel, triton.JITFunction)  # the interpreter knows no PTX
+    mixed = causal and queries > 1 and h % bm > 0
+    # Of blocks of 64 keys ptxas 12.8 makes wrong code (tests/machine_code.py).
+    edge = 16 if bm >= 64 else min(bn, 32) if mixed and swap and not fp8 and chip.family == "sm90" else bn
     n, tiles = parts(items, rows, most, bm, bn, units), triton.cdiv(rows, bm)
     part_out = part_stat = span = None
     if n > 1:
@@ -632,8 +639,8 @@ def launch(q, kv_cache, places, lens, sink, out, lse, workspace, factor, causal,
         latent = kv_cache.view(torch.float8_e4m3fn) if chip.e4m3 else kv_cache
     run(kernel, (n * tiles,), q, latent, rope, scale, places, lens, sink, out, lse, part_out, part_stat, span, items, queries,
         h, spread, width, p, most, n, factor * LOG2E, PAGE=page, SPARSE=sparse, CAUSAL=causal and queries > 1,
-        MIXED=causal and queries > 1 and h % bm > 0, FP8=fp8, NATIVE=chip.e4m3, BM=bm, BN=bn, C=c, STAGES=stages,
-        BT=16 if bm >= 64 else bn, AGAIN=bm < 64 or stages == 1, GAP=GAP, LEAST=max(128 // bn, 1), SWAP=swap, EARLY=early,
+        MIXED=mixed, FP8=fp8, NATIVE=chip.e4m3, BM=bm, BN=bn, C=c, STAGES=stages,
+        BT=edge, AGAIN=bm < 64 or stages == 1, GAP=GAP, LEAST=max(128 // bn, 1), SWAP=swap, EARLY=early,
         HOLD=compiled and chip.family == "sm90" and bm >= 64,
         ASM=compiled and fp8 and chip.family in ("sm90", "sm100", "sm103"), num_warps=warps)
     if n > 1:

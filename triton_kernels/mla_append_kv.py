@@ -16,7 +16,7 @@ FEW = 1024
 def tile(dims, chip):
     """Tokens of a program and its warps. Unmeasured: a warp a token, 2 x 16 bytes a thread, where a program a token would
     be more than two for each unit of the chip."""
-    return (4, 4) if dims["t"] > 2 * chip.units else (1, 4)
+    return (2, 1) if dims["t"] > 2 * chip.units else (1, 4)
 
 
 def workspace(dims, chip):

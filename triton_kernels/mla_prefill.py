@@ -25,7 +25,9 @@ def tile(dims, chip):
     if t <= 16 * b:  # decode: bound by memory, 40 KiB in flight a program
         return (16, 64, 4, 2)
     if (t // 128 + b) * h < chip.units:  # too few tiles of 128: half of the work each; two fit a multiprocessor
-        return (64, 64, 4, 2) if large else (64, 32, 4, 2)
+        return (64, 64, 4, 3 if chip.family == "sm90" else 2) if large else (64, 32, 4, 2)
+    if chip.family == "sm90":
+        return (128, 64, 8, 3) if t >= 4096 * b else (64, 64, 4, 2)
     if chip.family == "sm120":
         return 64, 32, 4, 2
     return (128, 128, 8, 2) if large else (128, 32, 4 if chip.amd else 8, 2)
