@@ -276,7 +276,7 @@ def record(row, key, meta):
     scalars = {s.name: op.values(case)[s.name] for s in op.scalars}
     values = {
         "schema": run.SCHEMA, "op": op.name, "kernel": row["kernel"].name, "chip": key,
-        "dims": {k: v for k, v in case.items() if k not in op.tensors and k not in scalars},
+        "dims": run.dims_of(op, case),
         "dtypes": {n: x[0] for n, x in op.layout(case).items() if x}, "scalars": scalars,
         "seconds_median": t.median, "p10": t.p10, "p90": t.p90, "n": t.n, "flops": row["work"].flops, "bytes": row["work"].bytes,
         "error": row["error"], "ceilings": row["peaks"], "cache_state": "cold" if row["cold"] else "warm", **meta,

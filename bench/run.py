@@ -326,7 +326,7 @@ def record(row, threads, meta):
     """The row as one JSON object."""
     op, case, t = row.op, row.case, row.timing
     scalars = {s.name: op.values(case)[s.name] for s in op.scalars}
-    dims = {k: v for k, v in case.items() if k not in op.tensors and k not in scalars}
+    dims = dims_of(op, case)
     values = {
         "schema": SCHEMA, "op": op.name, "kernel": row.kernel.name, "chip": ceilings.chip_key(row.isa, threads), "dims": dims,
         "dtypes": {n: x[0] for n, x in op.layout(case).items() if x}, "scalars": scalars,
@@ -336,6 +336,12 @@ def record(row, threads, meta):
         "cache_state": "cold" if row.cold else "warm", **meta, "peers": row.peers,
     }
     return {name: values[name] for name in FIELDS}
+
+
+def dims_of(op, case):
+    """The sizes of a case, of which some have a tensor's name (q tokens of ``q``); not dtypes and scalars."""
+    scalars = {s.name for s in op.scalars}
+    return {k: v for k, v in case.items() if k not in scalars and not (k in op.tensors and isinstance(v, str))}
 
 
 def _identity(r):

@@ -368,7 +368,7 @@ def test_sram_machines_show_one_user_alone():
     wafer = rows["wse-3"]
     assert (wafer["chips_at_least"], wafer["plan_alone"], wafer["communication_counted"]) == (18, "18 chips PP18", False)
     assert wafer["dollars_per_mtoken_alone"] == pytest.approx(18 * 60 / 3600 / wafer["tokens_per_s_alone"] * 1e6)
-    assert wafer["tokens_per_s_alone"] > rows["h200"]["tokens_per_s_alone"] > 500 and rows["h200"]["communication_counted"]
+    assert wafer["tokens_per_s_alone"] > rows["h200"]["tokens_per_s_alone"] > 300 and rows["h200"]["communication_counted"]
     assert wafer["dollars_per_mtoken_alone"] > wafer["dollars_per_mtoken_out"]
     text = RUN.invoke(app, SRAM).output
     assert "One user alone" in text and "communication is not counted: wse-3." in text

@@ -189,8 +189,9 @@ def test_a_program_walks_several_tiles(op_name, case, rows, parts, family, monke
     inputs, scalars = numpy_ops.sample(op, Case(**case))
     got = call(op, next(k for k in op.kernels if k.name == "triton"), copies(inputs), scalars)
     grid, options = seen[0]
-    assert len(seen) == parts and options["BM"] == rows and options["LOOP"]
-    assert grid[0] <= {16: 6, 32: 6, 64: 4, 128: 2}[rows]
+    assert len(seen) == parts and options["LOOP"]
+    assert options["BM"] == (64 if family == "sm90" and rows == 128 else rows)  # two smaller ones a multiprocessor are quicker
+    assert grid[0] <= {16: 6, 32: 6, 64: 4, 128: 2}[options["BM"]]
     judge(op, got, (op.define(**inputs, **scalars),), inputs | scalars)
 
 
@@ -277,6 +278,7 @@ def test_the_call_on_a_gpu(op, kernel, index, monkeypatch, assume):
     """What torch calls for GPU tensors: bind, choice of the kernel by family, outputs, workspace, launch; unproved warns."""
     assume("sm90")
     monkeypatch.setattr(torch_ops.chip, "current", lambda index: CHIPS["sm90"])
+    monkeypatch.setattr(torch_ops.chip, "proved", lambda family: frozenset())
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(op, "kernels", [kernel])  # no native one, which would want a GPU
     inputs, scalars = drawn(op.name, index)

@@ -136,3 +136,26 @@ def test_dry_bench_lists_every_row(capsys):
     on_gpu = [(op, k) for op in OPS.values() for k in op.kernels if k.on != "cpu"]
     assert gpu.dry() == sum(1 for op, _ in on_gpu for c in all_cases(op) if c.bench)
     assert "grouped" in capsys.readouterr().out
+
+
+def test_other_tiles_are_launched():
+    """What ``bench.tiles`` times takes the tile's options, whatever a room would choose."""
+    from contextlib import ExitStack
+    from unittest.mock import patch
+
+    from kernomics.bench import tiles
+
+    seen = set()
+    for name, case, found in tiles.everything(132):
+        if name in seen:
+            continue
+        seen.add(name)
+        kernel, launches = next(k for k in OPS[name].kernels if k.name == "triton"), []
+        for _, changes in found[:3] + found[-3:]:
+            with ExitStack() as stack:
+                for place in changes:
+                    stack.enter_context(patch.object(*place))
+                launches.append(str([(fn.__name__, options) for fn, _, options in
+                                     warmup.launches(OPS[name], kernel, case, chip.FAMILIES["sm90"])]))
+        assert len(set(launches)) > 1, name
+    assert len(seen) == 6

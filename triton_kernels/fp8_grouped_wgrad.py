@@ -12,7 +12,8 @@ from kernomics.triton_kernels.gemm import groups_of, place
 
 
 def tile(dims, chip):
-    """Rows of a step (a divisor of 128), rows and columns of a gradient's tile, warps, stages. Unmeasured.
+    """Rows of a step (a divisor of 128), rows and columns of a gradient's tile, warps, stages. bench/results/h200.jsonl: 65 % of
+    a copy's bandwidth for few rows, 24 % for 128 an expert; other tiles and chips are unmeasured.
 
     Few rows: small tiles, several to a multiprocessor, so that one's loads run beside another's stores. Many: as large as
     the registers hold the sums and a step's products. Where 16 does not divide rows, elements come one by one, with an

@@ -8,7 +8,8 @@ A fresh ``tl.dot`` per 128 of k (or less) and an f32 sum with the scales: FP8 te
 On sm90 a 128 x 128 x 128 step takes the tensor cores 512 cycles and its 16384 additions 128 more, in which they would wait:
 two steps a turn let the compiler put one's additions under the other's product. Its 32 KiB of operands come from L2 at about
 39 bytes a cycle and multiprocessor, 840 cycles, so L2 is the limit to expect, at 60 % of the peak; a tile of 128 x 256 would
-need 48 KiB for twice the work, but its sums and a step's product exceed the registers. Nothing here is measured.
+need 48 KiB for twice the work, but its sums and a step's product exceed the registers. An H200 reaches 54 to 70 % of its
+measured ceiling at 4096 rows (bench/results/h200.jsonl, bench/tiles/h200.jsonl).
 """
 
 import torch
@@ -245,7 +246,8 @@ def tiled(a, b, rows, options, chip):
 
 
 def options_of(bm, dims, chip):
-    """Options of a kernel that takes tiles of ``bm`` rows of a: 16, 32, 64 or 128. Unmeasured.
+    """Options of a kernel that takes tiles of ``bm`` rows of a: 16, 32, 64 or 128. Unmeasured but for e4m3 on sm90,
+    groups of rows among them (bench/tiles/h200.jsonl).
 
     Up to 32 rows, where weights are all the traffic, weights lie on the long side of the matrix instruction and no more than
     16 or 32 of its columns are tokens; so they do where they are decoded, as that side may come from registers (on AMD all
@@ -286,7 +288,7 @@ def per_unit(options, dims, chip):
 def grouped_tile(dims, chip):
     """Options of ``grouped``. dims: t, e, n, k and a_bytes, b_bytes, the bytes of one element.
 
-    Groups are taken as even but for small ones, whose sizes scatter (rows of random experts). Unmeasured.
+    Groups are taken as even but for small ones, whose sizes scatter (rows of random experts).
     """
     each = dims["t"] / max(min(dims["e"], dims["t"]), 1)
     most = 64 if chip.family in ("sm100", "sm103") and dims["a_bytes"] > dims["b_bytes"] else 128  # 128 spills there
@@ -328,16 +330,42 @@ def grouped(a, a_scale, b, b_scale, offsets, out, rows=None, options=None):
 
 
 STEP = {16: 260, 32: 280, 64: 380, 128: 500}  # ns of a step by BM, see dense_tile
+# Tiles of e4m3 by descriptor on sm90, as options; and in ns what a step takes alone, what of a step each program of a
+# multiprocessor takes where several are, and what a tile takes beyond its steps: fitted to bench/tiles/h200.jsonl, 30 shapes of 1
+# to 4096 rows, where the choice is 0.3 % slower than the best of those tried on average, 6 % at most.
+HOPPER = [({"BM": bm, "BN": bn, "BK": 128, "GROUP": group, "UNROLL": unroll, "TMA": True, "SWAP": bm == 16, "num_warps": warps,
+            "num_stages": stages}, times) for bm, bn, group, unroll, warps, stages, times in [
+    (16, 64, 8, 1, 4, 6, (438, 89, 1712)), (64, 64, 8, 1, 4, 5, (571, 111, 908)),
+    (64, 128, 8, 1, 4, 4, (737, 458, 629)), (128, 128, 16, 2, 8, 3, (868, 910, 894))]]
+
+
+def hopper_tile(dims, chip):
+    """``dense_tile`` for e4m3 of any but 17 to 32 rows on sm90, where 16 divides k."""
+    m, n, k, found = dims["m"], dims["n"], dims["k"], []
+    steps = triton.cdiv(k, 128)
+    for options, (alone, each, ends) in HOPPER:
+        if (options["BM"] == 16) != (m <= 16):
+            continue
+        tiles, slots = triton.cdiv(m, options["BM"]) * triton.cdiv(n, options["BN"]), chip.units * per_unit(options, dims, chip)
+        for parts in range(1, max(1, min(16, steps // 4)) + 1):
+            per_part, rounds = max(triton.cdiv(steps, parts), 1), triton.cdiv(tiles * parts, slots)
+            step = max(alone, each * max(min(tiles * parts, slots) / chip.units, 1))
+            ns = max(n * k / 3172, rounds * per_part * step) + rounds * ends + (4641 + 0.00141 * parts * m * n) * (parts > 1)
+            found.append((ns, len(found), options | {"PARTS": max(triton.cdiv(steps, per_part), 1), "per_part": per_part}))
+    return min(found)[2]
 
 
 def dense_tile(dims, chip):
     """Options of ``dense``, with PARTS of k. dims: m, n, k and a_bytes, b_bytes, the bytes of one element.
 
-    The smallest estimate. Its figures are guesses for an H100 or H200, unmeasured: a step's time is that of its bytes at 60
-    to a ns and multiprocessor (of L2), or for few rows of 32 KiB in flight at 1 us of latency; weights come at 32 bytes to a
-    ns and multiprocessor (4.3 TB/s over 132), partial sums go and come at 20; a second launch takes 1500 ns.
+    The smallest estimate. But for those of ``hopper_tile`` its figures are guesses for an H100 or H200, unmeasured: a step's
+    time is that of its bytes at 60 to a ns and multiprocessor (of L2), or for few rows of 32 KiB in flight at 1 us of latency;
+    weights come at 32 bytes to a ns and multiprocessor (4.3 TB/s over 132), partial sums go and come at 20; a second launch
+    takes 1500 ns.
     """
     m, n, k, best = dims["m"], dims["n"], dims["k"], None
+    if chip.family == "sm90" and dims["a_bytes"] == dims["b_bytes"] == 1 and k % 16 == 0 and not 16 < m <= 32:
+        return hopper_tile(dims, chip)
     for bm in (16,) if m <= 16 else (32,) if m <= 32 else (64,) if m <= 64 else (128, 64):
         options = options_of(bm, dims, chip)
         tiles, steps = triton.cdiv(m, options["BM"]) * triton.cdiv(n, options["BN"]), triton.cdiv(k, options["BK"])

@@ -536,7 +536,8 @@ def merge_kernel(part_out, part_stat, span, sink, out, lse, n_q, h, spread, tile
 
 
 def tile(rows, fp8, page, alike, chip):
-    """Rows, keys, operands of the latent, warps, stages, SWAP, EARLY, and programs of the chip at a time. Unmeasured.
+    """Rows, keys, operands of the latent, warps, stages, SWAP, EARLY, and programs of the chip at a time. On sm90 with
+    pages of 64 the quickest of those in bench/tiles/h200.jsonl that do not spill; all others are by the arithmetic below.
     ``page``: keys that lie in a row, 0 for a list of keys; ``alike``: so many rows see the same keys, then so many others; 0:
     all do.
 
@@ -566,8 +567,8 @@ def tile(rows, fp8, page, alike, chip):
             return 64, 32, 4, 8, 1, False, True, chip.units
         return 16, 64, 4, 8, 3 if fp8 and alike % 16 else 2, True, True, chip.units
     if chip.family in ("sm90", "sm100", "sm103"):
-        if chip.family == "sm90" and fp8 and 16 < rows <= 32 and alike % 32 == 0 and page % 32 == 0 < page:
-            return 32, 32, 4, 4, 2, False, False, 2 * chip.units
+        if chip.family == "sm90" and fp8 and rows <= 32 and alike % (16 if rows <= 16 else 32) == 0 and page % 64 == 0 < page:
+            return 16 if rows <= 16 else 32, 64, 4, 4, 1, False, False, 2 * chip.units  # no wgmma; two programs a multiprocessor
         if rows <= (32 if fp8 else 16):
             c = 4 if alike % 16 and chip.family != "sm90" else c  # 1 would spill
             if chip.family == "sm90" and not fp8 and alike % 16 == 0 and page % 64 == 0 < page:

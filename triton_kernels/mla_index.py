@@ -13,7 +13,8 @@ MOST = 64  # queries of a program
 
 
 def tile(dims, chip):
-    """Keys of a tile, heads of a step, queries of a step and of a program, warps, stages. Unmeasured.
+    """Keys of a tile, heads of a step, queries of a step and of a program, warps, stages. bench/results/h200.jsonl:
+    45 to 50 % of the FP8 peak in prefill; other tiles and chips are unmeasured.
 
     A step takes 128 rows of q on sm90, 64 where operands go through registers. A program takes so many queries that
     two programs a multiprocessor do the work, which fit there together, and at most MOST; each loads its keys anew.

@@ -11,7 +11,8 @@ from kernomics.triton_kernels.common import chip_of, run
 
 
 def tile(dims, chip):
-    """Columns of a program and its warps. Unmeasured: 16 bytes of bf16 a thread and slot, 4 warps where that fills the chip."""
+    """Columns of a program and its warps. 16 bytes of bf16 a thread and slot, 4 warps where that fills the chip.
+    bench/results/h200.jsonl: the bandwidth of a copy; other chips are unmeasured."""
     return (1024, 4) if dims["t"] * dims["d"] >= chip.units * 2048 else (256, 2)
 
 

@@ -14,7 +14,8 @@ BLOCK = 1024
 
 
 def tile(dims, chip):
-    """Columns of a step, and warps. Unmeasured: 16 bytes of bf16 a thread and load, 8 or more programs a unit."""
+    """Columns of a step, and warps. 16 bytes of bf16 a thread and load, 8 or more programs a unit.
+    bench/results/h200.jsonl: 89 % of a copy's bandwidth; other tiles and chips are unmeasured."""
     return min(max(triton.next_power_of_2(dims["d"]), 16), 1024), 4
 
 

@@ -16,8 +16,9 @@ LOWEST = tl.constexpr(-(2**31))  # below every choice: out
 
 
 def tile(dims, chip):
-    """Tokens of a program and its warps. Unmeasured: a warp of 32 lanes holds 8 choices a lane of 256; 4 tokens hide each
-    other's reductions once there are more than 8 programs a unit."""
+    """Tokens of a program and its warps. A warp of 32 lanes holds 8 choices a lane of 256; 4 tokens hide each
+    other's reductions once there are more than 8 programs a unit. bench/results/h200.jsonl: 2.8 us of 128 tokens, 7.4 of 4096;
+    other tiles and chips are unmeasured."""
     wide = triton.next_power_of_2(dims["e"])
     rows = 4 if dims["t"] > chip.units * 8 and wide <= 256 else 1
     return rows, min(max(wide // 1024, 1), 8)

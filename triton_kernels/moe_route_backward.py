@@ -10,7 +10,7 @@ from kernomics.triton_kernels.moe_route import score_of
 
 
 def tile(dims, chip):
-    """Warps of a program of one token. Unmeasured: 64 comparisons a lane."""
+    """Warps of a program of one token. 64 comparisons a lane; other numbers are unmeasured."""
     return min(max(triton.next_power_of_2(dims["top_k"]) * triton.next_power_of_2(dims["e"]) // 2048, 1), 8)
 
 

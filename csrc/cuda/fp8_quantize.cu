@@ -1,4 +1,4 @@
-// fp8_quantize: values are read once, wait in registers for their block's scale, and leave as codes. Unproved.
+// fp8_quantize: values are read once, wait in registers for their block's scale, and leave as codes.
 //
 // Bound by memory: 3 bytes an element of bf16, 65536 x 7168 is 1.41 GB, 330 us at 4.3 TB/s; an element takes about twelve
 // instructions, 60 % of what the chip issues in that time (a true division would take it over). Rows: eight lanes a block,

@@ -1,4 +1,4 @@
-// moe_combine: a thread adds up 16 bytes of a token's columns, in f32 and in the order of the slots. Unproved.
+// moe_combine: a thread adds up 16 bytes of a token's columns, in f32 and in the order of the slots.
 //
 // Bound by memory: 4096 tokens of 7168 columns and top_k 8 are 470 MB read and 59 MB written, 123 us at 4.3 TB/s. Eight rows are
 // loaded before the first is added: 16 KB in flight a block of 128 threads. A token's row is spread over blocks, so that one

@@ -1,4 +1,4 @@
-// moe_permute: a stable counting sort of the copies, then each token's row is read once and written top_k times. Unproved.
+// moe_permute: a stable counting sort of the copies, then each token's row is read once and written top_k times.
 //
 // A copy's row is the number of copies before it: those of lower experts, and earlier ones of its own. Dropped copies count as
 // one expert more, so that they own the rows that must be zero, and every row is written exactly once.

@@ -163,7 +163,7 @@ class Scenario(Checked):
     def load_chips(self, measured):
         """The chips named: of chips.toml, of a TOML file given by path, or of the bench records; a Pair of ``a+b``."""
         known = {key: chip_files.from_records(key, measured.ceilings(key), measured.date(key))
-                 for key in {r["chip"] for r in measured.records}}
+                 for key in {r["chip"] for r in measured.records} - set(chip_files.load())}
 
         def find(name):
             name = measured.machine() or name if name == "this" else name
