@@ -9,6 +9,8 @@ from kernomics import chip
 ASSUMED = None  # a chip.Chip that stands for the tensors' own where there is none: the interpreter, ahead-of-time compiles
 FLOOR = 1e-4  # the default floor of fp8_quantize, of every op that quantizes on its way
 LOG2E = 1.4426950408889634
+# Triton before 3.9 brings ptxas 12.8: bench/tiles/h200.jsonl is measured with it, and in some of those tiles that of 3.9 spills.
+OLD_PTXAS = tuple(int(x) for x in triton.__version__.split(".")[:2]) < (3, 9)
 COLLECT = None  # a list takes launches in place of the GPU: (kernel, grid, arguments, options)
 
 

@@ -18,7 +18,7 @@ that always hold keep a block's work behind the loads of the next block, and the
 import torch
 import triton
 import triton.language as tl
-from kernomics.triton_kernels.common import LOG2E, chip_of, run, to_bf16
+from kernomics.triton_kernels.common import LOG2E, OLD_PTXAS, chip_of, run
 
 GAP = 2  # blocks that an item costs beyond its keys: first loads that nothing hides, and its results
 
@@ -279,10 +279,11 @@ def add_one(acc, w, fade, v, go, EARLY: tl.constexpr, HOLD: tl.constexpr):
 @triton.jit
 def add_swapped(acc, w, fade, v):
     """``[W, 2 * rows]``: the products with both parts of a weight side by side, so that v passes once."""
-    rest = w - to_bf16(w).to(tl.float32)
+    high = w.to(tl.bfloat16)
+    low = (w - high.to(tl.float32)).to(tl.bfloat16)
     BN: tl.constexpr = w.shape[0]
     BM: tl.constexpr = w.shape[1]
-    both = to_bf16(tl.reshape(tl.join(w, rest), (BN, 2 * BM)))
+    both = tl.reshape(tl.join(high, low), (BN, 2 * BM))
     fade = tl.reshape(tl.join(fade, fade), (2 * BM,))
     return tl.dot(tl.trans(v), both, acc * fade[None, :])
 
@@ -537,7 +538,8 @@ def merge_kernel(part_out, part_stat, span, sink, out, lse, n_q, h, spread, tile
 
 def tile(rows, fp8, page, alike, chip):
     """Rows, keys, operands of the latent, warps, stages, SWAP, EARLY, and programs of the chip at a time. On sm90 with
-    pages of 64 the quickest of those in bench/tiles/h200.jsonl that do not spill; all others are by the arithmetic below.
+    pages of 64 the quickest of those in bench/tiles/h200.jsonl that do not spill with the ptxas at hand; all others are by the
+    arithmetic below.
     ``page``: keys that lie in a row, 0 for a list of keys; ``alike``: so many rows see the same keys, then so many others; 0:
     all do.
 
@@ -567,12 +569,14 @@ def tile(rows, fp8, page, alike, chip):
             return 64, 32, 4, 8, 1, False, True, chip.units
         return 16, 64, 4, 8, 3 if fp8 and alike % 16 else 2, True, True, chip.units
     if chip.family in ("sm90", "sm100", "sm103"):
-        if chip.family == "sm90" and fp8 and rows <= 32 and alike % (16 if rows <= 16 else 32) == 0 and page % 64 == 0 < page:
-            return 16 if rows <= 16 else 32, 64, 4, 4, 1, False, False, 2 * chip.units  # no wgmma; two programs a multiprocessor
+        if OLD_PTXAS and chip.family == "sm90" and page % 64 == 0 < page and alike % (16 if rows <= 16 else 32) == 0:
+            if fp8 and rows <= 32:  # no wgmma; two programs a multiprocessor
+                return (16, 64, 4, 4, 1, False, False, 2 * chip.units) if rows <= 16 else (
+                    32, 32, 4, 4, 2, False, False, 2 * chip.units)
+            if rows <= 16:
+                return 16, 64, 4, 4, 2, True, True, chip.units
         if rows <= (32 if fp8 else 16):
             c = 4 if alike % 16 and chip.family != "sm90" else c  # 1 would spill
-            if chip.family == "sm90" and not fp8 and alike % 16 == 0 and page % 64 == 0 < page:
-                return 16, 64, 4, 4, 2, True, True, chip.units
             return 16, 64, c, 8, 3 if fp8 and page == 0 and chip.family == "sm90" else 2, True, True, chip.units
         if rows <= 32 and chip.family == "sm90":
             return 32, 64, 4 if page == 0 else c, 8, 2, True, True, chip.units  # 1 would spill for a list of keys
@@ -626,8 +630,8 @@ def launch(q, kv_cache, places, lens, sink, out, lse, workspace, factor, causal,
         return
     compiled = isinstance(kernel, triton.JITFunction)  # the interpreter knows no PTX
     mixed = causal and queries > 1 and h % bm > 0
-    # Of blocks of 64 keys ptxas 12.8 makes wrong code (tests/machine_code.py).
-    edge = 16 if bm >= 64 else min(bn, 32) if mixed and swap and not fp8 and chip.family == "sm90" else bn
+    # Of blocks of 64 keys ptxas 12.8 makes wrong code (tests/machine_code.py), of 32 that of Triton 3.9 spills.
+    edge = 16 if bm >= 64 else min(bn, 32) if mixed and swap and not fp8 and chip.family == "sm90" and OLD_PTXAS else bn
     n, tiles = parts(items, rows, most, bm, bn, units), triton.cdiv(rows, bm)
     part_out = part_stat = span = None
     if n > 1:
