@@ -134,7 +134,8 @@ def test_sensitivity_command():
 @pytest.mark.skipif(aic.systems() is None, reason="no aiconfigurator-core here (install it, or set KERNOMICS_AIC)")
 def test_sensitivity_to_tables_that_are_off(tmp_path):
     (tmp_path / "none.jsonl").write_text("")
-    options = ["sensitivity", "--chip", "h200", "--records", str(tmp_path), "--speed", "20", "--samples", "20", "--format", "json", "--uncertain"]
+    options = ["sensitivity", "--chip", "h200", "--records", str(tmp_path),
+               "--speed", "20", "--samples", "20", "--format", "json", "--uncertain"]
     slope = {}
     for tables in ([], ["--tables", "aic"]):
         found = json.loads(RUN.invoke(app, [*options, "kernel_times=0.8..1.2", *tables]).stdout)
