@@ -8,7 +8,7 @@ A fresh ``tl.dot`` per 128 of k (or less) and an f32 sum with the scales: FP8 te
 On sm90 a 128 x 128 x 128 step takes the tensor cores 512 cycles and its 16384 additions 128 more, in which they would wait:
 two steps a turn let the compiler put one's additions under the other's product. Its 32 KiB of operands come from L2 at about
 39 bytes a cycle and multiprocessor, 840 cycles, so L2 is the limit to expect, at 60 % of the peak; a tile of 128 x 256 would
-need 48 KiB for twice the work, but its sums and a step's product exceed the registers. An H200 reaches 54 to 70 % of its
+need 48 KiB for twice the work, but its sums and a step's product exceed the registers. An H200 reaches 41 to 70 % of its
 measured ceiling at 4096 rows (bench/results/h200.jsonl, bench/tiles/h200.jsonl).
 """
 
