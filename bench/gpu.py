@@ -35,7 +35,7 @@ from kernomics.torch_ops import from_numpy, to_numpy
 GEMMS = [(2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048)]  # DeepGEMM's (n, k)
 
 
-def _decode(h, q=1, b=128, s=4096, **more):
+def decode(h, q=1, b=128, s=4096, **more):
     pages = b * s // 64
     kind = "fp8 cache" if more else "bf16 cache"
     return Case(b=b, q=q, h=h, s=s, page=64, p=pages, n=s // 64, softmax_scale=SCALE,
@@ -51,8 +51,8 @@ CASES = {  # sizes of a GPU, beside the bench cases of the rooms; of each op the
         Case(t=32768, e=4, n=4096, k=7168, active=4, bench="prefill gate+up, 8192 rows an expert"),
         Case(t=32768, e=4, n=7168, k=2048, active=4, bench="prefill down, 8192 rows an expert"),
     ],
-    "mla_decode": [_decode(128), _decode(128, q=2), _decode(16), _decode(64), _decode(128, kv_cache="u8"),
-                   _decode(16, kv_cache="u8"), _decode(16, b=1, s=32768), _decode(128, b=1, s=32768)],
+    "mla_decode": [decode(128), decode(128, q=2), decode(16), decode(64), decode(128, kv_cache="u8"),
+                   decode(16, kv_cache="u8"), decode(16, b=1, s=32768), decode(128, b=1, s=32768)],
     "mla_decode_sparse": [
         Case(b=128, q=2, h=128, top_k=2048, page=64, p=4096, softmax_scale=SCALE, kv_cache=kind,
              bench=f"decode, 128 x 2 tokens, 2048 keys, {'fp8' if kind == 'u8' else kind} cache") for kind in ("bf16", "u8")],

@@ -60,7 +60,7 @@ def attention(units):
              itertools.product((16, 32), (32, 64), (4, 8), (1, 2), (True, False), (True, False), (1, 2))]
     for heads, kind, tiles in ((128, "bf16", large), (16, "bf16", small), (128, "u8", large), (32, "u8", small),
                                (16, "u8", [t for t in small if t[0] == 16])):
-        case = gpu._decode(heads, **({"kv_cache": "u8"} if kind == "u8" else {}))
+        case = gpu.decode(heads, **({"kv_cache": "u8"} if kind == "u8" else {}))
         yield case, [({"tile": t}, [(mla, "tile", lambda *_, t=t: t)]) for t in tiles]
 
 

@@ -340,7 +340,8 @@ HOPPER = [({"BM": bm, "BN": bn, "BK": 128, "GROUP": group, "UNROLL": unroll, "TM
 
 
 def hopper_tile(dims, chip):
-    """``dense_tile`` for e4m3 of any but 17 to 32 rows on sm90, where 16 divides k."""
+    """``dense_tile`` for e4m3 of any but 17 to 32 rows on sm90, where 16 divides k. Of the same fit: weights come at 3172 bytes
+    a ns, and parts cost a second launch and 1.4 ns for each 1000 sums."""
     m, n, k, found = dims["m"], dims["n"], dims["k"], []
     steps = triton.cdiv(k, 128)
     for options, (alone, each, ends) in HOPPER:
