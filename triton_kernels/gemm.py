@@ -270,6 +270,8 @@ def options_of(bm, dims, chip):
         return options | {"num_stages": 2}
     if bm <= 32:
         return options | {"num_stages": 4 if chip.shared < 128 << 10 else 5}
+    if bm == 64 and chip.family == "sm90" and dims["a_bytes"] == dims["b_bytes"] == 1:
+        return options | {"TMA": True, "num_warps": 4, "num_stages": 4}
     if bm == 64:
         return options | {"num_stages": 3 if chip.shared < 128 << 10 else 4}
     if chip.family == "sm90" and not decoded:
@@ -291,6 +293,8 @@ def grouped_tile(dims, chip):
     Groups are taken as even but for small ones, whose sizes scatter (rows of random experts).
     """
     each = dims["t"] / max(min(dims["e"], dims["t"]), 1)
+    if chip.family == "sm90" and dims["a_bytes"] == dims["b_bytes"] == 1 and dims["k"] % 16 == 0:
+        return options_of(16 if each <= 11 else 64 if each <= 128 else 128, dims, chip)  # bench/tiles/h200.jsonl
     most = 64 if chip.family in ("sm100", "sm103") and dims["a_bytes"] > dims["b_bytes"] else 128  # 128 spills there
     few = 11 if chip.amd else 24  # 32 rows from anywhere would spill scalar registers on AMD
     return options_of(16 if each <= 11 else 32 if each <= few else 64 if each <= 64 else most, dims, chip)

@@ -550,8 +550,9 @@ def tile(rows, fp8, page, alike, chip):
     share of memory brings 64 keys of bf16, or 2360 of the 656-byte tokens, whose widening takes 1000 more. Tiles of 64
     rows read 73728 bytes a block through L2, 50 a clock and SM at the peak; smaller ones more for the same work.
 
-    So 33 to 63 rows cost what 64 do and wait for memory all the same in bf16: 3455 clocks against 4140. With 656-byte tokens
-    they cost 4455 against 2360, but wgmma has no fewer rows, and three swapped tiles of 16 cost 7200. Where the rows of a tile
+    So 33 to 63 rows cost what 64 do: in bf16 they wait for memory all the same (3455 clocks against 4140), and with 656-byte
+    tokens a tile of 64 rows takes 368 us (128 x 4k), but the quickest ones of 32 and 16 rows, of which they would need two or
+    three, 277 and 218 each. Where the rows of a tile
     see different keys, the last blocks take registers. Swapped tiles of 16 rows leave them, and those of 64 over pages: with
     656-byte tokens at the price of the next block's loads, about 6200 in all.
     Rows just over a multiple of 64 (all queries of a sequence count together) pay for one more tile: 80 cost 6910, in five

@@ -45,6 +45,7 @@ def _judge(got, want, inputs):
         Case(t=0, e=3, n=128, k=128),  # empty
         Case(t=5, e=0, n=4, k=8),  # no expert: zeros
         Case(t=4, e=2, n=6, k=0),  # empty sums: zeros
+        Case(t=150, e=4, n=200, k=272),  # middle tiles of several groups
         Case(t=130, e=1, n=130, k=144),  # large tiles, one of each cut
         Case(t=300, e=3, n=261, k=389),  # crosses every row, column and depth tile
     ],

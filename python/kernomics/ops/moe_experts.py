@@ -173,6 +173,8 @@ def workspace(dims, chip):
         Case(t=128, d=7168, n=2048, e=32, top_k=8, activations="bf16", bench="prefill, 128 tokens, weight-only"),
         Case(t=9, d=72, n=40, e=5, top_k=3),  # nothing divides the tile
         Case(t=13, d=129, n=130, e=4, top_k=2, activations="bf16"),
+        Case(t=40, d=144, n=80, e=3, top_k=2),  # rows of whole vectors: a GPU's quicker tiles
+        Case(t=40, d=144, n=80, e=3, top_k=2, activations="bf16"),
         Case(t=1, d=200, n=67, e=6, top_k=4),  # one token
         Case(t=0, d=128, n=128, e=2, top_k=2),  # empty
         Case(t=3, d=8, n=4, e=2, top_k=0),  # no expert: zeros
