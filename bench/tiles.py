@@ -8,21 +8,29 @@ import argparse
 import itertools
 import json
 import os
-from contextlib import ExitStack
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
 from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 from kernomics.bench import gpu, run
-from kernomics.triton_kernels import gemm, mla
+from kernomics.triton_kernels import gemm, mla, warmup
+from rich.progress import track
 
-from kernomics import numpy_ops
+from kernomics import chip, numpy_ops
 from kernomics.contract import OPS, Case
 from kernomics.torch_ops import from_numpy
 
 SAMPLES = 8
+
+
+def instead(name, options, per_unit):
+    """``gemm``'s function of that name gives these options, and ``per_unit`` that number."""
+    return options | {"per_unit": per_unit}, [(gemm, name, lambda *_: dict(options)), (gemm, "per_unit", lambda *_: per_unit)]
 
 
 def products(m, n, k, bm, bn, warps, stages, per_unit, unroll=1, group=8, tma=True, swap=False, parts=1):
@@ -31,8 +39,7 @@ def products(m, n, k, bm, bn, warps, stages, per_unit, unroll=1, group=8, tma=Tr
     each = -(-steps // parts)
     options = {"BM": bm, "BN": bn, "BK": 128, "GROUP": group, "UNROLL": unroll, "TMA": tma, "SWAP": swap, "num_warps": warps,
                "num_stages": stages, "PARTS": -(-steps // each), "per_part": each}
-    return options | {"per_unit": per_unit}, [(gemm, "dense_tile", lambda *_: dict(options)),
-                                              (gemm, "per_unit", lambda *_: per_unit)]
+    return instead("dense_tile", options, per_unit)
 
 
 def dense():
@@ -46,6 +53,22 @@ def dense():
             yield Case(m=m, n=n, k=k), [products(m, n, k, **t, parts=p) for t in tiles for p in parts if k // 128 >= 2 * p]
 
 
+def grouped():
+    """Ops, shapes and tiles of grouped products; a tile stands for both products of ``moe_experts``."""
+    fp8 = [(16, 64, 128, 4, 5, False, 3), (16, 64, 128, 4, 5, True, 3), (32, 64, 128, 4, 5, False, 3),
+           (64, 128, 128, 4, 4, True, 2), (64, 128, 128, 8, 4, False, 2), (128, 128, 128, 8, 3, True, 1),
+           (128, 128, 128, 8, 3, False, 1)]
+    decoded = [(bm, bn, bk, warps, stages, False, each) for bm, bn, each in ((16, 64, 3), (32, 64, 3), (32, 128, 2), (64, 128, 2))
+               for bk, warps, stages in ((64, 4, 5), (64, 8, 4), (128, 4, 4), (128, 8, 3))]
+    for op in ("fp8_grouped_gemm", "moe_experts"):
+        for case in (*gpu.CASES[op], *(c for c in OPS[op].cases if c.bench)):
+            weight_only = case.get("activations") == "bf16"
+            yield op, case, [
+                instead("grouped_tile", {"BM": bm, "BN": bn, "BK": bk, "GROUP": 8, "UNROLL": 2 if bm == 128 else 1, "TMA": tma,
+                                         "SWAP": bm <= 32 or weight_only, "num_warps": warps, "num_stages": stages}, each)
+                for bm, bn, bk, warps, stages, tma, each in (decoded if weight_only else fp8)]
+
+
 def alone(op, name, values):
     """Replacements of a room's ``tile`` by each of the values."""
     module = import_module(f"kernomics.triton_kernels.{op}")
@@ -57,7 +80,8 @@ def attention(units):
     large = [(64, keys, c, 8, stages, False, early, units)
              for keys, c, stages, early in itertools.product((32, 64), (1, 4), (1, 2), (True, False))]
     small = [(rows, keys, 4, warps, stages, swap, early, units * each) for rows, keys, warps, stages, swap, early, each in
-             itertools.product((16, 32), (32, 64), (4, 8), (1, 2), (True, False), (True, False), (1, 2))]
+             itertools.product((16, 32), (32, 64), (4, 8), (1, 2), (True, False), (True, False), (1, 2, 4))
+             if keys == 32 or each < 4]
     for heads, kind, tiles in ((128, "bf16", large), (16, "bf16", small), (128, "u8", large), (32, "u8", small),
                                (16, "u8", [t for t in small if t[0] == 16])):
         case = gpu.decode(heads, **({"kv_cache": "u8"} if kind == "u8" else {}))
@@ -70,14 +94,50 @@ def everything(units):
         yield "fp8_gemm", case, tiles
     for case, tiles in attention(units):
         yield "mla_decode", case, tiles
+    yield from grouped()
     for name, tiles in {
+        "fp8_grouped_wgrad": [(32, 64, 64, 4, 2), (64, 64, 64, 4, 2), (64, 64, 64, 4, 3), (128, 64, 64, 4, 2),
+                              (32, 128, 64, 4, 2), (64, 128, 64, 8, 3), (64, 128, 128, 8, 2)],
         "mla_prefill": [(128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (64, 128, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3)],
         "fp8_quantize": [(16, 2, 4), (8, 2, 4), (4, 4, 4), (2, 8, 4), (1, 8, 4), (1, 8, 2), (2, 4, 2), (4, 2, 2)],
         "swiglu_quantize": [(8, 2, 4), (4, 2, 4), (2, 4, 4), (1, 8, 4), (4, 2, 2)],
         "mla_append_kv": [(4, 4), (8, 4), (2, 2), (1, 2), (2, 1), (1, 1)],
     }.items():
-        for case in gpu.CASES[name]:
+        for case in gpu.CASES.get(name) or [c for c in OPS[name].cases if c.bench]:
             yield name, case, alone(name, "tile", tiles)
+
+
+@contextmanager
+def replaced(changes):
+    with ExitStack() as stack:
+        for place in changes:
+            stack.enter_context(patch.object(*place))
+        yield
+
+
+def compile_share(ops, target, share, shares):
+    """Compile each ``shares``-th tile on ``target``, a chip.Chip, into Triton's cache on disk; how many launches."""
+    all_tiles = [(OPS[name], case, changes) for name, case, tiles in everything(target.units) if not ops or name in ops
+                 for _, changes in tiles]
+    found = 0
+    for op, case, changes in all_tiles[share::shares]:
+        kernel = next(k for k in op.kernels if k.name == "triton")
+        with replaced(changes):
+            for launch in warmup.launches(op, kernel, case, target):
+                try:
+                    warmup.compiled(launch, target)
+                    found += 1
+                except Exception:  # no tile for this chip, as `times` finds again
+                    pass
+    return found
+
+
+def compile_all(ops, target):
+    """``compile_share`` on every core: one after the other tiles would take many minutes."""
+    shares = 8 * (os.cpu_count() or 1)
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        jobs = [pool.submit(compile_share, ops, target, share, shares) for share in range(shares)]
+        return sum(job.result() for job in track(jobs, "compiling"))
 
 
 def times(op, case, tiles):
@@ -89,9 +149,7 @@ def times(op, case, tiles):
     want, found = None, []
     for what, changes in [("chosen", []), *tiles]:
         try:
-            with ExitStack() as stack:
-                for place in changes:
-                    stack.enter_context(patch.object(*place))
+            with replaced(changes):
                 out = call(inputs)()
                 out = [inputs[n] for n in op.mutates] if op.mutates else out if isinstance(out, tuple) else (out,)
                 out = [x.float() for x in out]
@@ -111,6 +169,7 @@ def main():
     key = gpu.chip_key(torch.cuda.get_device_name(0))
     meta = {"triton": import_module("triton").__version__, "commit": os.environ.get("KERNOMICS_COMMIT") or run.commit(),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    compile_all(given.op, chip.current(0))
     path = Path(given.results) / f"{key}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     for name, case, tiles in everything(torch.cuda.get_device_properties(0).multi_processor_count):

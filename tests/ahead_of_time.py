@@ -41,7 +41,8 @@ def report(kernel):
     # What a thread spills lies on its stack and moves by LDL and STL.
     spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
     matrix = sorted(set(re.findall(MATRIX, sass)))
-    return found | {"registers": registers, "spills": spills, "stack": stack, "matrix": matrix, "tma": "UTMALDG" in sass,
+    single = len(re.findall(r"\bF2F\.", sass))  # conversions of one number, at a quarter of the rate of others and less
+    return found | {"registers": registers, "spills": spills, "stack": stack, "matrix": matrix, "single": single,
                     "undefined": machine_code.undefined(sass) if {"HGMMA", "QGMMA"} & {*matrix} else []}
 
 
@@ -130,6 +131,7 @@ def resources(op, kernel, family, cases):
                      "dots": any("tt.dot" in k.asm["ttir"] for k in compiled),
                      "matrix": sorted({x for r in reports for x in r["matrix"]}),
                      "undefined": [x for r in reports for x in r.get("undefined", ())],
+                     "single": max(r.get("single", 0) for r in reports),
                      **{figure: max(r[figure] for r in reports) for figure in ("registers", "shared", "spills")}})
     return rows
 

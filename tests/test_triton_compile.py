@@ -54,6 +54,7 @@ def test_compiles(op, kernel, family, cases):
         assert row["spills"] == 0, f"{name} spills"
         assert not row["undefined"], f"{name} reads registers that are not set: {row['undefined'][:3]}"
         assert row["shared"] <= chip.FAMILIES[family].shared, f"{name} takes {row['shared']} bytes of shared memory"
+        assert row["single"] <= 16 or cases != "bench", f"{name} converts {row['single']} numbers of a thread one by one"
         assert row["matrix"] or not row["dots"], f"{name} multiplies matrices without matrix instructions"
     if op.name in MUST and cases == "bench":
         assert any(x.startswith(MUST[op.name][family]) for row in found for x in row["matrix"]), found
@@ -139,10 +140,7 @@ def test_dry_bench_lists_every_row(capsys):
 
 
 def test_other_tiles_are_launched():
-    """What ``bench.tiles`` times takes the tile's options, whatever a room would choose."""
-    from contextlib import ExitStack
-    from unittest.mock import patch
-
+    """What ``bench.tiles`` times takes the tile's options, whatever a room would choose, and its processes compile it."""
     from kernomics.bench import tiles
 
     seen = set()
@@ -152,10 +150,9 @@ def test_other_tiles_are_launched():
         seen.add(name)
         kernel, launches = next(k for k in OPS[name].kernels if k.name == "triton"), []
         for _, changes in found[:3] + found[-3:]:
-            with ExitStack() as stack:
-                for place in changes:
-                    stack.enter_context(patch.object(*place))
+            with tiles.replaced(changes):
                 launches.append(str([(fn.__name__, options) for fn, _, options in
                                      warmup.launches(OPS[name], kernel, case, chip.FAMILIES["sm90"])]))
         assert len(set(launches)) > 1, name
-    assert len(seen) == 6
+    assert len(seen) == 9
+    assert tiles.compile_share(["swiglu_quantize"], chip.FAMILIES["sm90"], 0, 2) == 3

@@ -42,12 +42,15 @@ def codes(x, native):
     return x if native else raw(x)
 
 
+TWO_TO_BF16 = tl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")
+
+
 @triton.jit
 def to_bf16(x):
-    """f32 rounded to bf16, on NVIDIA two at a time: the compiler rounds those that go on as f32 one by one, at a quarter of the
-    rate."""
+    """x rounded to bf16, on NVIDIA two f32 at a time: the compiler converts FP8, f16 and what goes on as f32 one by one, at a
+    quarter of the rate."""
     if is_cuda():
-        return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], tl.bfloat16, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(TWO_TO_BF16, "=r,f,f", [x.to(tl.float32)], tl.bfloat16, is_pure=True, pack=2)
     else:
         return x.to(tl.bfloat16)
 

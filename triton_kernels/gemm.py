@@ -15,7 +15,7 @@ measured ceiling at 4096 rows (bench/results/h200.jsonl, bench/tiles/h200.jsonl)
 import torch
 import triton
 import triton.language as tl
-from kernomics.triton_kernels.common import chip_of, codes, e4m3_decode, run
+from kernomics.triton_kernels.common import chip_of, codes, e4m3_decode, run, to_bf16
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 # ---------------------------------------------------------------- one tile
@@ -27,7 +27,7 @@ def as_dot(x, other_bf16: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr)
     if not FP8:
         return x
     elif other_bf16:
-        return x.to(tl.bfloat16) if NATIVE else e4m3_decode(x).to(tl.bfloat16)
+        return to_bf16(x if NATIVE else e4m3_decode(x))
     else:
         return x if NATIVE else e4m3_decode(x)
 

@@ -8,7 +8,7 @@ place of a table, whose other places nobody reads.
 import torch
 import triton
 import triton.language as tl
-from kernomics.triton_kernels.common import FLOOR, block_scale, chip_of, e4m3_encode, finite_size, quotients, run
+from kernomics.triton_kernels.common import FLOOR, block_scale, chip_of, e4m3_encode, finite_size, quotients, run, to_bf16
 
 FEW = 1024
 
@@ -55,7 +55,7 @@ def kernel(kv_c, k_pe, latent, rope, scales, slots, owner, weight, cos, sin, t, 
     if weight is not None:
         mean = tl.sum(x * x, axis=1) / 512.0
         x = x * tl.div_rn(1.0, tl.sqrt_rn(mean + eps))[:, None] * tl.load(weight + col).to(tl.float32)[None, :]
-    x = x.to(tl.bfloat16)
+    x = to_bf16(x)
     if FP8:
         v = tl.reshape(x.to(tl.float32), (TOKENS, 4, 128))
         scale = block_scale(tl.max(finite_size(v), axis=2), FLOOR, POW2)
