@@ -1,7 +1,7 @@
 """Every Triton kernel and tile compiled for every chip, without one, as ``docs/triton_kernels.md`` lists.
 
-sm_90 alone in ``make test``, small cases of a few ops, drawn ones of none; all in ``make test-long``. Interpreter and compiler
-need processes of their own.
+sm_90 alone in ``make test``, small cases of a few ops, drawn ones of none; all in ``make test-long``. The table is of one version
+of Triton. Interpreter and compiler need processes of their own.
 """
 
 import os
@@ -31,8 +31,10 @@ MUST = {name: FP8 for name in ("fp8_gemm", "fp8_grouped_gemm", "fp8_linear", "ml
     name: BF16 for name in ("fp8_grouped_wgrad", "mla_decode", "mla_decode_sparse", "mla_prefill", "mla_prefill_backward",
                             "moe_experts_bf16")}
 
-
-QUICK = ("fp8_quantize", "fp8_gemm", "fp8_grouped_wgrad")  # whose addresses once filled the registers in small cases
+OLDER = "3.6.0"  # what CUDA machines have with torch 2.11; ``make test-long`` runs what ``make test`` does with it too
+QUICK = ["fp8_quantize", "fp8_gemm", "fp8_grouped_wgrad"]  # whose addresses once filled the registers in small cases
+if aot.triton.__version__ == OLDER:
+    QUICK.append("mla_decode")  # where its ptxas leaves registers unset
 
 
 def everything():
@@ -58,8 +60,9 @@ def test_compiles(op, kernel, family, cases):
         assert row["matrix"] or not row["dots"], f"{name} multiplies matrices without matrix instructions"
     if op.name in MUST and cases == "bench":
         assert any(x.startswith(MUST[op.name][family]) for row in found for x in row["matrix"]), found
-    assert [aot.line(row) for row in found] == aot.committed(op.name, family, cases), \
-        "make triton-table, and look at the difference"
+    if aot.triton.__version__ != OLDER:
+        assert [aot.line(row) for row in found] == aot.committed(op.name, family, cases), \
+            "make triton-table, and look at the difference"
 
 
 @pytest.mark.parametrize("page", [7, 16])
