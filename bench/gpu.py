@@ -102,13 +102,12 @@ def compile_op(name, target):
     return len(launches)
 
 
-def compile_all(ops, target, console):
-    """Compile all rows' kernels, each op in a process of its own: one after the other they would take minutes. A kernel that
-    does not compile fails in its row."""
-    names = sorted({op.name for op, kernel, _ in rows(ops) if kernel.name == "triton"})
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(names)), get_context("spawn")) as pool:
-        jobs = [pool.submit(compile_op, name, target) for name in names]
-        for name, job in zip(names, track(jobs, "compiling", console=console, transient=True)):
+def compile_all(jobs, console):
+    """Jobs (name, function, arguments), each in a process of its own: one after the other they would take minutes. A kernel
+    that does not compile fails where it is launched."""
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(jobs)), get_context("spawn")) as pool:
+        futures = [pool.submit(function, *given) for _, function, given in jobs]
+        for (name, _, _), job in zip(jobs, track(futures, "compiling", console=console, transient=True)):
             if error := job.exception():
                 console.print(f"{name} does not compile: {type(error).__name__}", style="red")
 
@@ -369,7 +368,8 @@ def main(ops=None, folder=None, peers=True, console=None, start=0, without=()):
     console.print(f"{torch.cuda.get_device_name(0)} as {key}: {shown}/s")
     todo, done = list(rows(ops, chip.current(0).family)), []
     if not start:
-        compile_all(ops, chip.current(0), console)
+        names = sorted({op.name for op, kernel, _ in todo if kernel.name == "triton"})
+        compile_all([(name, compile_op, (name, chip.current(0))) for name in names], console)
     found = run.versions() | {"triton": import_module("triton").__version__, "cuda": torch.version.cuda or torch.version.hip}
     meta = {"versions": found, "commit": os.environ.get("KERNOMICS_COMMIT") or run.commit(),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}

@@ -8,18 +8,16 @@ import argparse
 import itertools
 import json
 import os
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
 from importlib import import_module
-from multiprocessing import get_context
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 from kernomics.bench import gpu, run
 from kernomics.triton_kernels import gemm, mla, warmup
-from rich.progress import track
+from rich.console import Console
 
 from kernomics import chip, numpy_ops
 from kernomics.contract import OPS, Case
@@ -88,8 +86,12 @@ def attention(units):
         yield case, [({"tile": t}, [(mla, "tile", lambda *_, t=t: t)]) for t in tiles]
 
 
-def everything(units):
-    """(op's name, case, [(what the tile is, [(module, name, replacement)])])."""
+def everything(units, ops=None):
+    """(op's name, case, [(what the tile is, [(module, name, replacement)])]) of these ops, or of all."""
+    return [row for row in all_ops(units) if not ops or row[0] in ops]
+
+
+def all_ops(units):
     for case, tiles in dense():
         yield "fp8_gemm", case, tiles
     for case, tiles in attention(units):
@@ -117,10 +119,9 @@ def replaced(changes):
 
 def compile_share(ops, target, share, shares):
     """Compile each ``shares``-th tile on ``target``, a chip.Chip, into Triton's cache on disk; how many launches."""
-    all_tiles = [(OPS[name], case, changes) for name, case, tiles in everything(target.units) if not ops or name in ops
-                 for _, changes in tiles]
     found = 0
-    for op, case, changes in all_tiles[share::shares]:
+    for op, case, changes in [(OPS[name], case, changes) for name, case, tiles in everything(target.units, ops)
+                              for _, changes in tiles][share::shares]:
         kernel = next(k for k in op.kernels if k.name == "triton")
         with replaced(changes):
             for launch in warmup.launches(op, kernel, case, target):
@@ -130,14 +131,6 @@ def compile_share(ops, target, share, shares):
                 except Exception:  # no tile for this chip, as `times` finds again
                     pass
     return found
-
-
-def compile_all(ops, target):
-    """``compile_share`` on every core: one after the other tiles would take many minutes."""
-    shares = 8 * (os.cpu_count() or 1)
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        jobs = [pool.submit(compile_share, ops, target, share, shares) for share in range(shares)]
-        return sum(job.result() for job in track(jobs, "compiling"))
 
 
 def times(op, case, tiles):
@@ -169,12 +162,11 @@ def main():
     key = gpu.chip_key(torch.cuda.get_device_name(0))
     meta = {"triton": import_module("triton").__version__, "commit": os.environ.get("KERNOMICS_COMMIT") or run.commit(),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-    compile_all(given.op, chip.current(0))
+    target, shares = chip.current(0), 8 * (os.cpu_count() or 1)
+    gpu.compile_all([("a tile", compile_share, (given.op, target, share, shares)) for share in range(shares)], Console(width=100))
     path = Path(given.results) / f"{key}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    for name, case, tiles in everything(torch.cuda.get_device_properties(0).multi_processor_count):
-        if given.op and name not in given.op:
-            continue
+    for name, case, tiles in everything(target.units, given.op):
         rows = times(OPS[name], case, tiles)
         with path.open("a") as file:
             for what, seconds, away in rows:

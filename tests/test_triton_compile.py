@@ -108,6 +108,21 @@ def test_launches_follow_from_shapes_alone(op, kernel, family):
         assert len(first) <= 6
 
 
+@pytest.mark.parametrize("op, kernel", TRITON, ids=lambda x: getattr(x, "name", ""))
+def test_a_launch_costs_little_on_the_host(op, kernel):
+    """What a call computes beside Triton's own launches: tiles, workspace, views. The bound is some three times what it takes."""
+    from time import perf_counter
+
+    target, took = chip.FAMILIES["sm90"], []
+    case = [c for c in op.cases if c.bench][-1]
+    call = warmup.prepared(op, kernel, case, target)
+    for _ in range(200):
+        start = perf_counter()
+        call()
+        took.append(perf_counter() - start)
+    assert min(took) < 200e-6, f"{min(took) * 1e6:.0f} us"
+
+
 def test_experts_take_six_launches_at_most():
     op = OPS["moe_experts"]
     kernel = next(k for k in op.kernels if k.name == "triton")

@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from kernomics.triton_kernels.common import chip_of, run
+from kernomics.triton_kernels.common import cdiv, chip_of, next_power_of_2, run
 
 
 def tile(dims, chip):
@@ -10,7 +10,7 @@ def tile(dims, chip):
     rows are many; half of that where they are few, so that a decode step fills the chip. bench/results/h200.jsonl: 85 to 99 % of
     a copy's bandwidth in prefill; other tiles and chips are unmeasured."""
     d, rows = dims["d"], dims["rows"]
-    cols = min(max(triton.next_power_of_2(d), 16), 1024)
+    cols = min(max(next_power_of_2(d), 16), 1024)
     return (4096 // cols if rows * d > chip.units * 16384 else max(2048 // cols, 1)), cols, 4
 
 
@@ -47,5 +47,5 @@ def launch(out_a, lse_a, out_b, lse_b, out, lse, workspace):
     q, h, d = out.shape[-3:]
     rows = lse.numel()
     n_rows, cols, warps = tile({"rows": rows, "d": d}, chip_of(out))
-    grid = (triton.cdiv(rows, n_rows) * max(triton.cdiv(d, cols), 1),)
+    grid = (cdiv(rows, n_rows) * max(cdiv(d, cols), 1),)
     run(kernel, grid, out_a, lse_a, out_b, lse_b, out, lse, rows, q, h, d, ROWS=n_rows, COLS=cols, num_warps=warps)

@@ -14,6 +14,15 @@ OLD_PTXAS = tuple(int(x) for x in triton.__version__.split(".")[:2]) < (3, 9)
 COLLECT = None  # a list takes launches in place of the GPU: (kernel, grid, arguments, options)
 
 
+def cdiv(a, b):
+    """Triton's own takes 2 us on the host, and a launch needs many."""
+    return -(-a // b)
+
+
+def next_power_of_2(n):
+    return 1 << (n - 1).bit_length() if n > 0 else 0
+
+
 def chip_of(x):
     """The chip that tensor ``x`` lies on."""
     return ASSUMED or chip.current(x.device.index)

@@ -7,7 +7,7 @@ write (H200: 4.3 TB/s against 790 TFLOP/s); few rows get small tiles, of which a
 
 import triton
 import triton.language as tl
-from kernomics.triton_kernels.common import chip_of, codes, e4m3_decode, run
+from kernomics.triton_kernels.common import cdiv, chip_of, codes, e4m3_decode, next_power_of_2, run
 from kernomics.triton_kernels.gemm import groups_of, place
 
 
@@ -66,6 +66,6 @@ def kernel(dy, dy_scale, x, x_scale, offsets, dw, t, e, n, k, E: tl.constexpr, B
 def launch(dy, dy_scale, x, x_scale, offsets, dw, workspace):
     (e, n, k), t, chip = dw.shape, dy.shape[0], chip_of(dy)
     bt, bn, bk, warps, stages = tile({"t": t, "n": n, "k": k, "e": e}, chip)
-    run(kernel, (e * triton.cdiv(n, bn) * triton.cdiv(k, bk),), codes(dy, chip.e4m3), dy_scale, codes(x, chip.e4m3), x_scale,
-        offsets, dw, t, e, n, k, E=triton.next_power_of_2(e + 1), BT=bt, BN=bn, BK=bk, NATIVE=chip.e4m3, num_warps=warps,
+    run(kernel, (e * cdiv(n, bn) * cdiv(k, bk),), codes(dy, chip.e4m3), dy_scale, codes(x, chip.e4m3), x_scale,
+        offsets, dw, t, e, n, k, E=next_power_of_2(e + 1), BT=bt, BN=bn, BK=bk, NATIVE=chip.e4m3, num_warps=warps,
         num_stages=stages)

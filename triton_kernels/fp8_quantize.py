@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from kernomics.triton_kernels.common import block_scale, chip_of, e4m3_encode, finite_size, quotients, raw, run
+from kernomics.triton_kernels.common import block_scale, cdiv, chip_of, e4m3_encode, finite_size, quotients, raw, run
 
 
 def tile(dims, chip):
@@ -41,6 +41,6 @@ def kernel(x, codes, scales, m, k, floor, B0: tl.constexpr, B1: tl.constexpr, RO
 def launch(x, codes, scales, workspace, block, scale, floor):
     (m, k), (b0, b1), chip = x.shape, block, chip_of(x)
     rows, cols, warps = tile({"m": m, "k": k, "block0": b0, "block1": b1}, chip)
-    grid = (triton.cdiv(m, rows * b0) * triton.cdiv(k, cols * b1),)
+    grid = (cdiv(m, rows * b0) * cdiv(k, cols * b1),)
     run(kernel, grid, x, raw(codes), scales, m, k, floor, B0=b0, B1=b1, ROWS=rows, COLS=cols, POW2=scale == "pow2",
         STEPS=1 if x.element_size() == 2 else 2, NATIVE=chip.e4m3, FAR=rows * b0 * k >= 2**31, num_warps=warps)

@@ -12,10 +12,12 @@ need 48 KiB for twice the work, but its sums and a step's product exceed the reg
 measured ceiling at 4096 rows (bench/results/h200.jsonl, bench/tiles/h200.jsonl).
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
-from kernomics.triton_kernels.common import chip_of, codes, e4m3_decode, run, to_bf16
+from kernomics.triton_kernels.common import cdiv, chip_of, codes, e4m3_decode, next_power_of_2, run, to_bf16
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 # ---------------------------------------------------------------- one tile
@@ -245,6 +247,11 @@ def tiled(a, b, rows, options, chip):
     return a, TensorDescriptor.from_tensor(b.view(-1, k), [options["BN"], options["BK"]]), True
 
 
+def e4m3_on_sm90(dims, chip):
+    """Whether the tiles are those that bench/tiles/h200.jsonl has times of."""
+    return chip.family == "sm90" and dims["a_bytes"] == dims["b_bytes"] == 1 and dims["k"] % 16 == 0
+
+
 def options_of(bm, dims, chip):
     """Options of a kernel that takes tiles of ``bm`` rows of a: 16, 32, 64 or 128. Unmeasured but for e4m3 on sm90,
     groups of rows among them (bench/tiles/h200.jsonl).
@@ -270,7 +277,7 @@ def options_of(bm, dims, chip):
         return options | {"num_stages": 2}
     if bm <= 32:
         return options | {"num_stages": 4 if chip.shared < 128 << 10 else 5}
-    if bm == 64 and chip.family == "sm90" and dims["a_bytes"] == dims["b_bytes"] == 1:
+    if bm == 64 and e4m3_on_sm90(dims, chip):
         return options | {"TMA": True, "num_warps": 4, "num_stages": 4}
     if bm == 64:
         return options | {"num_stages": 3 if chip.shared < 128 << 10 else 4}
@@ -293,8 +300,8 @@ def grouped_tile(dims, chip):
     Groups are taken as even but for small ones, whose sizes scatter (rows of random experts).
     """
     each = dims["t"] / max(min(dims["e"], dims["t"]), 1)
-    if chip.family == "sm90" and dims["a_bytes"] == dims["b_bytes"] == 1 and dims["k"] % 16 == 0:
-        return options_of(16 if each <= 11 else 64 if each <= 128 else 128, dims, chip)  # bench/tiles/h200.jsonl
+    if e4m3_on_sm90(dims, chip):
+        return options_of(16 if each <= 11 else 64 if each <= 128 else 128, dims, chip)
     most = 64 if chip.family in ("sm100", "sm103") and dims["a_bytes"] > dims["b_bytes"] else 128  # 128 spills there
     few = 11 if chip.amd else 24  # 32 rows from anywhere would spill scalar registers on AMD
     return options_of(16 if each <= 11 else 32 if each <= few else 64 if each <= 64 else most, dims, chip)
@@ -325,11 +332,11 @@ def grouped(a, a_scale, b, b_scale, offsets, out, rows=None, options=None):
     options = dict(options or grouped_tile(dims, chip))
     a_rows, (a, b, kind) = a.shape[0], kinds(a, b, chip)
     groups, bm = min(e, t), options["BM"]
-    most = (groups + (t - groups) // bm) * triton.cdiv(n, options["BN"])  # tiles, however the rows fall into groups
-    programs = min(max(most, triton.cdiv(t * triton.cdiv(n, 1024), 4)), per_unit(options, dims, chip) * chip.units)
+    most = (groups + (t - groups) // bm) * cdiv(n, options["BN"])  # tiles, however the rows fall into groups
+    programs = min(max(most, cdiv(t * cdiv(n, 1024), 4)), per_unit(options, dims, chip) * chip.units)
     a, b, options["TMA"] = tiled(a, b, rows, options, chip)
     run(grouped_kernel, (programs,), a, a_scale, b, b_scale, offsets, rows, out, t, a_rows, e, n, k,
-        E=triton.next_power_of_2(e + 1), FAR=rows is not None and a_rows * k >= 2**31, EVEN=k % options["BK"] == 0, **kind,
+        E=next_power_of_2(e + 1), FAR=rows is not None and a_rows * k >= 2**31, EVEN=k % options["BK"] == 0, **kind,
         **options)
 
 
@@ -347,16 +354,16 @@ def hopper_tile(dims, chip):
     """``dense_tile`` for e4m3 of any but 17 to 32 rows on sm90, where 16 divides k. Of the same fit: weights come at 3172 bytes
     a ns, and parts cost a second launch and 1.4 ns for each 1000 sums."""
     m, n, k, found = dims["m"], dims["n"], dims["k"], []
-    steps = triton.cdiv(k, 128)
+    steps = cdiv(k, 128)
     for options, (alone, each, ends) in HOPPER:
         if (options["BM"] == 16) != (m <= 16):
             continue
-        tiles, slots = triton.cdiv(m, options["BM"]) * triton.cdiv(n, options["BN"]), chip.units * per_unit(options, dims, chip)
+        tiles, slots = cdiv(m, options["BM"]) * cdiv(n, options["BN"]), chip.units * per_unit(options, dims, chip)
         for parts in range(1, max(1, min(16, steps // 4)) + 1):
-            per_part, rounds = max(triton.cdiv(steps, parts), 1), triton.cdiv(tiles * parts, slots)
+            per_part, rounds = max(cdiv(steps, parts), 1), cdiv(tiles * parts, slots)
             step = max(alone, each * max(min(tiles * parts, slots) / chip.units, 1))
             ns = max(n * k / 3172, rounds * per_part * step) + rounds * ends + (4641 + 0.00141 * parts * m * n) * (parts > 1)
-            found.append((ns, len(found), options | {"PARTS": max(triton.cdiv(steps, per_part), 1), "per_part": per_part}))
+            found.append((ns, len(found), options | {"PARTS": max(cdiv(steps, per_part), 1), "per_part": per_part}))
     return min(found)[2]
 
 
@@ -368,19 +375,24 @@ def dense_tile(dims, chip):
     weights come at 32 bytes to a ns and multiprocessor (4.3 TB/s over 132), partial sums go and come at 20; a second launch
     takes 1500 ns.
     """
-    m, n, k, best = dims["m"], dims["n"], dims["k"], None
-    if chip.family == "sm90" and dims["a_bytes"] == dims["b_bytes"] == 1 and k % 16 == 0 and not 16 < m <= 32:
+    return dict(estimated_tile(*(dims[name] for name in ("m", "n", "k", "a_bytes", "b_bytes")), chip))
+
+
+@functools.lru_cache(1 << 14)  # a tenth of a millisecond, twice a call
+def estimated_tile(m, n, k, a_bytes, b_bytes, chip):
+    dims, best = {"m": m, "n": n, "k": k, "a_bytes": a_bytes, "b_bytes": b_bytes}, None
+    if e4m3_on_sm90(dims, chip) and not 16 < m <= 32:
         return hopper_tile(dims, chip)
     for bm in (16,) if m <= 16 else (32,) if m <= 32 else (64,) if m <= 64 else (128, 64):
         options = options_of(bm, dims, chip)
-        tiles, steps = triton.cdiv(m, options["BM"]) * triton.cdiv(n, options["BN"]), triton.cdiv(k, options["BK"])
+        tiles, steps = cdiv(m, options["BM"]) * cdiv(n, options["BN"]), cdiv(k, options["BK"])
         slots = chip.units * (per_unit(options, dims, chip) if bm <= 32 else 1)
         for parts in range(1, max(1, min(16, steps // 4)) + 1):
-            per_part = max(triton.cdiv(steps, parts), 1)
-            ns = max(n * k * dims["b_bytes"] / (32 * chip.units), triton.cdiv(tiles * parts, slots) * per_part * STEP[bm])
+            per_part = max(cdiv(steps, parts), 1)
+            ns = max(n * k * dims["b_bytes"] / (32 * chip.units), cdiv(tiles * parts, slots) * per_part * STEP[bm])
             ns += (1500 + 8 * parts * m * n / (20 * chip.units)) * (parts > 1)
             if best is None or ns < best[0]:
-                best = ns, options | {"PARTS": max(triton.cdiv(steps, per_part), 1), "per_part": per_part}
+                best = ns, options | {"PARTS": max(cdiv(steps, per_part), 1), "per_part": per_part}
     return best[1]
 
 
@@ -397,7 +409,7 @@ def dense(a, a_scale, b, b_scale, bias, out, workspace):
     a, b, kind = kinds(a, b, chip)
     parts, per_part = options.pop("PARTS"), options.pop("per_part")
     partial = workspace[:4 * parts * m * n].view(torch.float32) if parts > 1 else out
-    items = triton.cdiv(m, options["BM"]) * triton.cdiv(n, options["BN"]) * parts
+    items = cdiv(m, options["BM"]) * cdiv(n, options["BN"]) * parts
     programs = per_unit(options, dims, chip) * chip.units
     # More tiles than programs at a time: the next tile's first copies leave while the last one's results are written.
     options["LOOP"] = items > programs
@@ -407,4 +419,4 @@ def dense(a, a_scale, b, b_scale, bias, out, workspace):
     run(dense_kernel, (min(items, programs),), a, a_scale, b, b_scale, None if parts > 1 else bias, partial, m, n, k, per_part,
         parts, EVEN=k % options["BK"] == 0, **kind, **options)
     if parts > 1:
-        run(sum_kernel, (triton.cdiv(m * n, 1024),), partial, bias, out, n, m * n, PARTS=parts, BLOCK=1024)
+        run(sum_kernel, (cdiv(m * n, 1024),), partial, bias, out, n, m * n, PARTS=parts, BLOCK=1024)

@@ -18,7 +18,7 @@ that always hold keep a block's work behind the loads of the next block, and the
 import torch
 import triton
 import triton.language as tl
-from kernomics.triton_kernels.common import LOG2E, OLD_PTXAS, chip_of, run
+from kernomics.triton_kernels.common import LOG2E, OLD_PTXAS, cdiv, chip_of, run
 
 GAP = 2  # blocks that an item costs beyond its keys: first loads that nothing hides, and its results
 
@@ -552,9 +552,8 @@ def tile(rows, fp8, page, alike, chip):
 
     So 33 to 63 rows cost what 64 do: in bf16 they wait for memory all the same (3455 clocks against 4140), and with 656-byte
     tokens a tile of 64 rows takes 368 us (128 x 4k), but the quickest ones of 32 and 16 rows, of which they would need two or
-    three, 277 and 218 each. Where the rows of a tile
-    see different keys, the last blocks take registers. Swapped tiles of 16 rows leave them, and those of 64 over pages: with
-    656-byte tokens at the price of the next block's loads, about 6200 in all.
+    three, 277 and 218 each. Where the rows of a tile see different keys, the last blocks take registers. Swapped tiles of 16
+    rows leave them, and those of 64 over pages: with 656-byte tokens at the price of the next block's loads, about 6200 in all.
     Rows just over a multiple of 64 (all queries of a sequence count together) pay for one more tile: 80 cost 6910, in five
     swapped tiles of 16 7000.
 
@@ -633,7 +632,7 @@ def launch(q, kv_cache, places, lens, sink, out, lse, workspace, factor, causal,
     mixed = causal and queries > 1 and h % bm > 0
     # Of blocks of 64 keys ptxas 12.8 makes wrong code (tests/machine_code.py), of 32 that of Triton 3.9 spills.
     edge = 16 if bm >= 64 else min(bn, 32) if mixed and swap and not fp8 and chip.family == "sm90" and OLD_PTXAS else bn
-    n, tiles = parts(items, rows, most, bm, bn, units), triton.cdiv(rows, bm)
+    n, tiles = parts(items, rows, most, bm, bn, units), cdiv(rows, bm)
     part_out = part_stat = span = None
     if n > 1:
         sizes = spaces(items, rows, most, bm, bn, units)
@@ -651,5 +650,5 @@ def launch(q, kv_cache, places, lens, sink, out, lse, workspace, factor, causal,
         ASM=compiled and fp8 and chip.family in ("sm90", "sm100", "sm103"), num_warps=warps)
     if n > 1:
         each = max(1, items * rows // (chip.units * 8))
-        run(merge_kernel, (items * triton.cdiv(rows, each),), part_out, part_stat, span, sink, out, lse, queries, h, spread,
+        run(merge_kernel, (items * cdiv(rows, each),), part_out, part_stat, span, sink, out, lse, queries, h, spread,
             tiles, each, BM=bm, PARTS=8, num_warps=4)

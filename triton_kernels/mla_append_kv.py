@@ -8,7 +8,7 @@ place of a table, whose other places nobody reads.
 import torch
 import triton
 import triton.language as tl
-from kernomics.triton_kernels.common import FLOOR, block_scale, chip_of, e4m3_encode, finite_size, quotients, run, to_bf16
+from kernomics.triton_kernels.common import FLOOR, block_scale, cdiv, chip_of, e4m3_encode, finite_size, quotients, run, to_bf16
 
 FEW = 1024
 
@@ -88,7 +88,7 @@ def launch(kv_c, k_pe, kv_cache, slots, norm_weight, cos, sin, workspace, eps, i
     rope, scales = (kv_cache.view(torch.bfloat16), kv_cache.view(torch.float32)) if fp8 else (kv_cache, None)
     owner = workspace.view(torch.int32) if t > FEW and workspace is not None else None
     for largest in () if owner is None else (False, True):
-        run(claim_kernel, (triton.cdiv(t, 256),), slots, owner, t, p * page, LARGEST=largest, num_warps=4)
-    run(kernel, (triton.cdiv(t, tokens),), kv_c, k_pe, kv_cache, rope, scales, slots, owner, norm_weight, cos, sin, t, p * page,
+        run(claim_kernel, (cdiv(t, 256),), slots, owner, t, p * page, LARGEST=largest, num_warps=4)
+    run(kernel, (cdiv(t, tokens),), kv_c, k_pe, kv_cache, rope, scales, slots, owner, norm_weight, cos, sin, t, p * page,
         eps, INTERLEAVED=interleaved, POW2=scale == "pow2", FP8=fp8, NATIVE=chip.e4m3, TOKENS=tokens, FLOOR=FLOOR,
         num_warps=warps, **({"maxnreg": 64} if chip.family in ("sm100", "sm103") else {}))  # else it aims at 56 and spills

@@ -7,7 +7,7 @@ another's products. 128 keys x 128 rows of queries read 96 bytes of shared memor
 
 import triton
 import triton.language as tl
-from kernomics.triton_kernels.common import chip_of, codes, e4m3_decode, run
+from kernomics.triton_kernels.common import cdiv, chip_of, codes, e4m3_decode, next_power_of_2, run
 
 MOST = 64  # queries of a program
 
@@ -22,10 +22,10 @@ def tile(dims, chip):
     """
     t, s, h = dims["t"], dims["s"], dims["h"]
     large = chip.family in ("sm90", "sm100", "sm103")
-    heads = min(128 if large else 64, max(16, triton.next_power_of_2(h)))
+    heads = min(128 if large else 64, max(16, next_power_of_2(h)))
     step = (128 if large else 64) // heads if h > 0 and (t > 1 or chip.amd) else 1
-    programs = 2 * chip.units // (triton.cdiv(s, 128) or 1) or 1
-    chunk = min(MOST, triton.next_power_of_2(triton.cdiv(t, programs)))
+    programs = 2 * chip.units // (cdiv(s, 128) or 1) or 1
+    chunk = min(MOST, next_power_of_2(cdiv(t, programs)))
     return 128, heads, step, max(step, chunk), 4 if large else 8, 3 if large or h <= heads else 1 if chip.amd else 2
 
 
@@ -84,7 +84,7 @@ def kernel(q, k, k_scale, weights, start, stop, out, t, s, h, chunk, KEYS: tl.co
 def launch(q, k, k_scale, weights, start, stop, out, workspace):
     (t, h, _), s, chip = q.shape, k.shape[0], chip_of(q)
     keys, heads, step, chunk, warps, stages = tile({"t": t, "s": s, "h": h}, chip)
-    grid = (triton.cdiv(t, chunk) * triton.cdiv(s, keys),)
+    grid = (cdiv(t, chunk) * cdiv(s, keys),)
     run(kernel, grid, codes(q, chip.e4m3), codes(k, chip.e4m3), k_scale, weights, start, stop, out, t, s, h,
         chunk, KEYS=keys, HEADS=heads, STEP=step, LANES=MOST, ONCE=0 < h <= heads, NATIVE=chip.e4m3, STAGES=stages,
         num_warps=warps, num_stages=stages)

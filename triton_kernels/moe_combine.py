@@ -7,7 +7,7 @@ slots are unrolled, so that a thread has top_k loads of 16 bytes in flight: 16 K
 
 import triton
 import triton.language as tl
-from kernomics.triton_kernels.common import chip_of, run
+from kernomics.triton_kernels.common import cdiv, chip_of, run
 
 
 def tile(dims, chip):
@@ -46,5 +46,5 @@ def kernel(y, row_of, weights, out, rows, d, TOP_K: tl.constexpr, COLS: tl.const
 def launch(y, row_of, weights, out, workspace):
     (t, top_k), d = row_of.shape, y.shape[1]
     cols, warps = tile({"t": t, "d": d}, chip_of(y))
-    run(kernel, (t * triton.cdiv(d, cols),), y, row_of, weights, out, t * top_k, d, TOP_K=top_k, COLS=cols, WHOLE=d % cols == 0,
+    run(kernel, (t * cdiv(d, cols),), y, row_of, weights, out, t * top_k, d, TOP_K=top_k, COLS=cols, WHOLE=d % cols == 0,
         num_warps=warps)

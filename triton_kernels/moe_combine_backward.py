@@ -8,7 +8,7 @@ which is the first: minimum and count of integers, the same in whatever order th
 import torch
 import triton
 import triton.language as tl
-from kernomics.triton_kernels.common import chip_of, run
+from kernomics.triton_kernels.common import cdiv, chip_of, next_power_of_2, run
 
 BLOCK = 1024
 
@@ -16,7 +16,7 @@ BLOCK = 1024
 def tile(dims, chip):
     """Columns of a step, and warps. 16 bytes of bf16 a thread and load, 8 or more programs a unit.
     bench/results/h200.jsonl: 89 % of a copy's bandwidth; other tiles and chips are unmeasured."""
-    return min(max(triton.next_power_of_2(dims["d"]), 16), 1024), 4
+    return min(max(next_power_of_2(dims["d"]), 16), 1024), 4
 
 
 def workspace(dims, chip):
@@ -96,7 +96,7 @@ def launch(dout, y, row_of, weights, dy, dweights, workspace):
         return
     first, count = workspace.view(torch.int32)[:rows], workspace.view(torch.int32)[rows:]
     cols, warps = tile({"d": d}, chip_of(y))
-    run(clear_kernel, (triton.cdiv(rows, BLOCK),), first, count, rows, BLOCK=BLOCK, num_warps=4)
-    run(mark_kernel, (triton.cdiv(rows, BLOCK),), row_of, first, count, rows, BLOCK=BLOCK, num_warps=4)
+    run(clear_kernel, (cdiv(rows, BLOCK),), first, count, rows, BLOCK=BLOCK, num_warps=4)
+    run(mark_kernel, (cdiv(rows, BLOCK),), row_of, first, count, rows, BLOCK=BLOCK, num_warps=4)
     run(kernel, (rows,), dout, y, row_of, weights, first, count, dy, dweights, rows, top_k, d, COLS=cols, BLOCK=BLOCK,
         num_warps=warps)

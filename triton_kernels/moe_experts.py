@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from kernomics.triton_kernels import moe_combine, moe_permute
-from kernomics.triton_kernels.common import FLOOR, chip_of, quantize, raw, run
+from kernomics.triton_kernels.common import FLOOR, cdiv, chip_of, quantize, raw, run
 from kernomics.triton_kernels.gemm import grouped
 from kernomics.triton_kernels.swiglu_quantize import swiglu
 
@@ -31,12 +31,12 @@ def pieces(dims, chip=None):
     copies = t * top_k
     return {
         "offsets": 4 * (e + 1), "row_of": 4 * copies, "token_of": 4 * copies, "counts": 4 * moe_permute.counts_of(copies, e),
-        "codes": t * d, "scales": 4 * t * triton.cdiv(d, 128), "act": 2 * copies * n,
-        "act_scales": 4 * copies * triton.cdiv(n, 128), "product": 2 * copies * max(2 * n, d)}
+        "codes": t * d, "scales": 4 * t * cdiv(d, 128), "act": 2 * copies * n,
+        "act_scales": 4 * copies * cdiv(n, 128), "product": 2 * copies * max(2 * n, d)}
 
 
 def workspace(dims, chip):
-    return sum(triton.cdiv(size, 256) * 256 for size in pieces(dims).values())
+    return sum(cdiv(size, 256) * 256 for size in pieces(dims).values())
 
 
 @triton.jit(do_not_specialize=["t", "copies", "e", "top_k", "indexers", "per"])
@@ -83,7 +83,7 @@ def block(x, w13, w13_scale, w2, w2_scale, weights, experts, out, workspace, fp8
     (t, d), (e, _, n), top_k, chip = x.shape, w2.shape, experts.shape[1], chip_of(x)
     copies, at, part = t * top_k, 0, {}
     for name, size in pieces({"t": t, "d": d, "n": n, "e": e, "top_k": top_k}).items():
-        part[name], at = workspace[at:at + size], at + triton.cdiv(size, 256) * 256
+        part[name], at = workspace[at:at + size], at + cdiv(size, 256) * 256
 
     def piece(name, dtype, *shape):
         count = dtype.itemsize
@@ -95,14 +95,14 @@ def block(x, w13, w13_scale, w2, w2_scale, weights, experts, out, workspace, fp8
     offsets, row_of, token_of = piece("offsets", i32, e + 1), piece("row_of", i32, t, top_k), piece("token_of", i32, copies)
     counts = part["counts"].view(i32)
     if copies:
-        a, a_scale = (piece("codes", e4m3, t, d), piece("scales", f32, t, triton.cdiv(d, 128))) if fp8 else (x, None)
+        a, a_scale = (piece("codes", e4m3, t, d), piece("scales", f32, t, cdiv(d, 128))) if fp8 else (x, None)
         by_counts = moe_permute.by_counts(copies, e)
         if fp8:
             rows, blocks = tile({"rows": t, "columns": d}, chip)
             programs, per = moe_permute.blocks(copies)
             grid, options = moe_permute.comparison(copies, e)
             indexers = programs if by_counts else grid
-            run(prepare_kernel, (indexers + triton.cdiv(t, rows) * triton.cdiv(triton.cdiv(d, 128), blocks),), x, raw(a), a_scale,
+            run(prepare_kernel, (indexers + cdiv(t, rows) * cdiv(cdiv(d, 128), blocks),), x, raw(a), a_scale,
                 experts, counts, offsets, row_of, token_of, t, d, copies, e, top_k, indexers, per, FLOOR, ROWS=rows,
                 BLOCKS=blocks, NATIVE=chip.e4m3, COUNT=by_counts, SUB=moe_permute.SUB,
                 BINS=moe_permute.bins(e) if by_counts else 2, num_warps=4, **options)
@@ -114,8 +114,8 @@ def block(x, w13, w13_scale, w2, w2_scale, weights, experts, out, workspace, fp8
         grouped(a, a_scale, w13, w13_scale, offsets, h, rows=token_of)
         rows, blocks = tile({"rows": copies, "columns": n}, chip)
         act = piece("act", e4m3 if fp8 else bf16, copies, n)
-        act_scale = piece("act_scales", f32, copies, triton.cdiv(n, 128)) if fp8 else None
-        run(activate_kernel, (triton.cdiv(copies, rows) * triton.cdiv(triton.cdiv(n, 128), blocks),), h, offsets,
+        act_scale = piece("act_scales", f32, copies, cdiv(n, 128)) if fp8 else None
+        run(activate_kernel, (cdiv(copies, rows) * cdiv(cdiv(n, 128), blocks),), h, offsets,
             raw(act) if fp8 else act, act_scale, n, e, FLOOR, ROWS=rows, BLOCKS=blocks, FP8=fp8, NATIVE=chip.e4m3, num_warps=4)
         grouped(act, act_scale, w2, w2_scale, offsets, piece("product", bf16, copies, d))
     moe_combine.launch(piece("product", bf16, copies, d), row_of, weights, out, None)

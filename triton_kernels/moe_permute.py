@@ -12,7 +12,7 @@ of some 128 blocks, rows from the counts of all blocks, and the move, which at 4
 import torch
 import triton
 import triton.language as tl
-from kernomics.triton_kernels.common import chip_of, run
+from kernomics.triton_kernels.common import cdiv, chip_of, next_power_of_2, run
 
 FEW = 2048  # copies that one launch compares with each other; 2048 x 2048 comparisons are 1 us of the chip
 MOST_BINS = 4096  # of a histogram in shared memory
@@ -28,13 +28,13 @@ def tile(dims, chip):
 
 def bins(e):
     """Places of a histogram: experts, the dropped copies, what lies past the last copy; no fewer than threads."""
-    return max(triton.next_power_of_2(e + 2), 256)
+    return max(next_power_of_2(e + 2), 256)
 
 
 def blocks(copies):
     """(Blocks of copies, times SUB copies in each): about 128 programs."""
-    per = triton.cdiv(copies, SUB * 128)
-    return triton.cdiv(copies, SUB * per), per
+    per = cdiv(copies, SUB * 128)
+    return cdiv(copies, SUB * per), per
 
 
 def at_once(copies, e):
@@ -197,7 +197,7 @@ def move_kernel(x, place, x_sorted, offsets, d, e, top_k, parts, K: tl.constexpr
 def comparison(copies, e):
     """Grid and constexprs of ``compare``."""
     wide = (e + 4) * max(copies, 1024) >= 2**31
-    return triton.cdiv(copies, BLOCK) + triton.cdiv(e + 1, BLOCK), {
+    return cdiv(copies, BLOCK) + cdiv(e + 1, BLOCK), {
         "KEY": tl.int64 if wide else tl.int32, "BLOCK": BLOCK, "CHUNK": 128}
 
 
@@ -225,14 +225,14 @@ def launch(x, experts, x_sorted, offsets, row_of, workspace, n_experts):
     word = torch.int32 if whole else {1: torch.uint8, 2: torch.int16}[size]  # bits, four bytes at a time where rows allow it
     d, size = d * size // word.itemsize, word.itemsize
     x, x_sorted = x.reshape(-1).view(word).view(t, d), x_sorted.view(word)  # a single row may have any stride
-    k = triton.next_power_of_2(max(top_k, 1))
+    k = next_power_of_2(max(top_k, 1))
     cols = min(tile({"t": t, "row": d * size}, chip_of(x)) // size, max(16, 32768 // k))
-    parts = triton.cdiv(d, cols)
+    parts = cdiv(d, cols)
     if at_once(copies, e):
         tokens = t if copies else 0
         parts = max(parts, 1)  # no columns: rows all the same
         chunk = 64 if copies <= 64 else max(16, min(1024, 8192 // k))
-        run(few_kernel, (tokens * parts + triton.cdiv(e + 1, BLOCK),), x, experts, x_sorted, offsets, row_of, tokens, d, copies,
+        run(few_kernel, (tokens * parts + cdiv(e + 1, BLOCK),), x, experts, x_sorted, offsets, row_of, tokens, d, copies,
             e, top_k, parts, K=k, COLS=cols, BLOCK=BLOCK, CHUNK=chunk, num_warps=4)
         return
     words = workspace.view(torch.int32)

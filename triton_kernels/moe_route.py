@@ -10,7 +10,7 @@ the chosen experts come from their logits again, by the same code.
 
 import triton
 import triton.language as tl
-from kernomics.triton_kernels.common import chip_of, run
+from kernomics.triton_kernels.common import cdiv, chip_of, next_power_of_2, run
 
 LOWEST = tl.constexpr(-(2**31))  # below every choice: out
 
@@ -19,7 +19,7 @@ def tile(dims, chip):
     """Tokens of a program and its warps. A warp of 32 lanes holds 8 choices a lane of 256; 4 tokens hide each
     other's reductions once there are more than 8 programs a unit. bench/results/h200.jsonl: 2.8 us of 128 tokens, 7.4 of 4096;
     other tiles and chips are unmeasured."""
-    wide = triton.next_power_of_2(dims["e"])
+    wide = next_power_of_2(dims["e"])
     rows = 4 if dims["t"] > chip.units * 8 and wide <= 256 else 1
     return rows, min(max(wide // 1024, 1), 8)
 
@@ -116,7 +116,7 @@ def kernel(logits, bias, weights, experts, t, scaling, E: tl.constexpr, TOP_K: t
 def launch(logits, bias, weights, experts, workspace, top_k, n_group, topk_group, score, group_score, renormalize, scaling):
     t, e = logits.shape
     rows, warps = tile({"t": t, "e": e}, chip_of(logits))
-    up = triton.next_power_of_2
-    run(kernel, (triton.cdiv(t, rows),), logits, bias, weights, experts, t, scaling, E=e, TOP_K=top_k, N_GROUP=n_group,
+    up = next_power_of_2
+    run(kernel, (cdiv(t, rows),), logits, bias, weights, experts, t, scaling, E=e, TOP_K=top_k, N_GROUP=n_group,
         TOPK_GROUP=topk_group, SIGMOID=score == "sigmoid", TOP2=group_score == "top2", RENORMALIZE=renormalize, ROWS=rows,
         G=up(n_group), P=up(e // n_group), K=up(top_k), num_warps=warps)

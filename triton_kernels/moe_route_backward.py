@@ -5,13 +5,13 @@ Bound by memory: 4096 tokens of 256 experts read and write 8 MB, so the time is 
 
 import triton
 import triton.language as tl
-from kernomics.triton_kernels.common import chip_of, run
+from kernomics.triton_kernels.common import chip_of, next_power_of_2, run
 from kernomics.triton_kernels.moe_route import score_of
 
 
 def tile(dims, chip):
     """Warps of a program of one token. 64 comparisons a lane; other numbers are unmeasured."""
-    return min(max(triton.next_power_of_2(dims["top_k"]) * triton.next_power_of_2(dims["e"]) // 2048, 1), 8)
+    return min(max(next_power_of_2(dims["top_k"]) * next_power_of_2(dims["e"]) // 2048, 1), 8)
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def kernel(dweights, logits, bias, experts, dlogits, scaling, E: tl.constexpr, T
 
 def launch(dweights, logits, bias, experts, dlogits, workspace, score, renormalize, scaling):
     (t, e), top_k = logits.shape, experts.shape[1]
-    up = triton.next_power_of_2
+    up = next_power_of_2
     warps = tile({"e": e, "top_k": top_k}, chip_of(logits))
     run(kernel, (t,), dweights, logits, bias, experts, dlogits, scaling, E=e, TOP_K=top_k, SIGMOID=score == "sigmoid",
         RENORMALIZE=renormalize, WIDE=up(max(e, 1)), K=up(max(top_k, 1)), num_warps=warps)

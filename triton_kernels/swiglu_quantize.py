@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from kernomics.triton_kernels.common import FLOOR, chip_of, quantize, raw, run, to_bf16
+from kernomics.triton_kernels.common import FLOOR, cdiv, chip_of, quantize, raw, run, to_bf16
 from triton.language.target_info import is_cuda
 
 
@@ -40,6 +40,6 @@ def kernel(x, codes, scales, t, n, floor, ROWS: tl.constexpr, COLS: tl.constexpr
 def launch(x, codes, scales, workspace, scale):
     (t, n), chip = codes.shape, chip_of(x)
     rows, cols, warps = tile({"t": t, "n": n}, chip)
-    grid = (triton.cdiv(t, rows) * triton.cdiv(n, cols * 128),)
+    grid = (cdiv(t, rows) * cdiv(n, cols * 128),)
     run(kernel, grid, x, raw(codes), scales, t, n, FLOOR, ROWS=rows, COLS=cols, POW2=scale == "pow2", NATIVE=chip.e4m3,
         num_warps=warps)

@@ -36,23 +36,33 @@ class NoGPU:
         return 0
 
 
-def launches(op, kernel, case, chip):
-    """The kernels that a call of this case launches on ``chip``: [(kernel, arguments, options)]."""
+def prepared(op, kernel, case, chip):
+    """A function that does what a call of this case does on ``chip`` and gives the kernels it launches: [(kernel, arguments,
+    options)]."""
     layout, values = op.layout(case), op.values(case)
     tensors = [None if x is None else torch.empty(x[1], dtype=_BY_CODE[contract.NAMES.index(x[0])], device="meta")
                for x in layout.values()]
     dims, codes, scalars, _ = op.bind(*tensors, *(values[s.name] for s in op.scalars))
     outs = [torch.empty(shape, dtype=_BY_CODE[code], device="meta") for shape, _, code in op.shapes(dims, codes, scalars)]
     kernel.load()
-    size = kernel.workspace(dims, chip) if kernel.workspace else 0
-    space = torch.empty(size, dtype=torch.uint8, device="meta") if size else None
-    before = common.ASSUMED
-    common.ASSUMED, common.COLLECT = chip, []
-    try:
-        kernel.function(*tensors, *outs, space, *scalars)
-        return [(fn, args, options) for fn, _, args, options in common.COLLECT]
-    finally:
-        common.ASSUMED, common.COLLECT = before, None
+
+    def call():
+        size = kernel.workspace(dims, chip) if kernel.workspace else 0
+        space = torch.empty(size, dtype=torch.uint8, device="meta") if size else None
+        before = common.ASSUMED
+        common.ASSUMED, common.COLLECT = chip, []
+        try:
+            kernel.function(*tensors, *outs, space, *scalars)
+            return [(fn, args, options) for fn, _, args, options in common.COLLECT]
+        finally:
+            common.ASSUMED, common.COLLECT = before, None
+
+    return call
+
+
+def launches(op, kernel, case, chip):
+    """The kernels that a call of this case launches on ``chip``."""
+    return prepared(op, kernel, case, chip)()
 
 
 def _kind(x):
