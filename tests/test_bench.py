@@ -358,7 +358,7 @@ def test_a_kernel_that_hangs_costs_itself_alone(who, bench_without_gpu, monkeypa
 
     monkeypatch.setattr(threading, "excepthook", lambda x: (failures.append(x.exc_type), hung.set()))
     monkeypatch.setattr(gpu, "bench_case", hangs)
-    monkeypatch.setattr(gpu, "HANGS_S", 0.2)
+    monkeypatch.setattr(gpu, "HANGS_S", 2)  # what does not hang takes less, on a busy machine too
     with pytest.raises(KeyboardInterrupt):
         gpu.main(["moe_route", "moe_combine"], tmp_path)
     first = 2 if who == "triton" else 1  # the row of a peer that hangs is timed without it
