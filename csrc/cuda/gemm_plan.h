@@ -24,15 +24,16 @@ struct GemmTile {
         return int(up(tokens() + 2, 4) * 4);
     }  // of a stage: tokens', two of weights
     __host__ __device__ constexpr int stage_bytes() const { return (x() + y) * 128 + scales() * 4; }
-    // Rows of 64 columns and a chunk of padding, so that rows start in other banks; 16 rows a warp, 8 warps.
-    __host__ __device__ constexpr int staging_bytes() const { return swapped ? 0 : 8 * 16 * 144; }
+    // Results in bf16: rows with a chunk of padding, so that they start in other banks.
+    __host__ __device__ constexpr int pitch() const { return y * 2 + 16; }
+    __host__ __device__ constexpr int staging_bytes() const { return swapped ? 0 : x() * pitch(); }
     // Swapped blocks go two to a multiprocessor: one's first loads run beside the other's last products.
     __host__ __device__ constexpr int budget() const { return swapped ? 112 << 10 : 226 << 10; }
     __host__ __device__ constexpr int stages() const {
         return int(least((budget() - 1024 - 256 - staging_bytes()) / stage_bytes(), 8));
     }
     __host__ __device__ constexpr int shared_bytes(int e = 0) const {
-        return 1024 + stages() * (stage_bytes() + 16) + staging_bytes() + (e ? (e + 2) * 4 : 0);
+        return 1024 + stages() * (stage_bytes() + 16) + staging_bytes() + 32 + (e ? (e + 2) * 4 : 0);
     }
 };
 

@@ -4,7 +4,8 @@
 // their scales; the other two warpgroups multiply. Tensor cores keep about 14 bits of a sum, so each 128 products of k are
 // promoted to f32 sums in registers, scaled, while the other warpgroup's products run. Many tokens: 256 x 128 tiles, for which
 // two blocks of a cluster load each half of the shared rows and hand it to both: 33 bytes a cycle from L2 for 8543 FLOP, where
-// 128 x 128 alone would want 66. Few tokens: the weights take the 64-row slot; k is split over the blocks of a cluster until all
+// 128 x 128 alone would want 66. Their results go by way of shared memory to two warps that store them under the next tile's
+// products: all blocks end a tile at about the same time, and would wait for memory together. Few tokens: the weights take the 64-row slot; k is split over the blocks of a cluster until all
 // multiprocessors load, and the sums meet in shared memory.
 #pragma once
 #include "gemm_plan.h"
@@ -71,6 +72,27 @@ __device__ __forceinline__ void store_swapped(const GemmArgs& p, const GemmJob& 
     else static_cast<uint16_t*>(p.c)[int64_t(m) * p.n + n] = uint16_t(pack_bf16(v, 0.0f));
 }
 
+// `count` rows of a tile in bf16 from `row` of the staging on, those and the columns that are inside; a warp.
+template <int Y, int PITCH>
+__device__ inline void store_rows(const GemmArgs& p, const GemmJob& job, const unsigned char* staging, int row, int count, int lane) {
+    constexpr int CHUNKS = Y / 8;
+    uint16_t* const c = static_cast<uint16_t*>(p.c) + int64_t(job.row) * p.n + job.col;
+    const int rows = min(count, job.end - job.row - row), columns = p.n - job.col;
+    if (p.n % 8 == 0) {
+#pragma unroll 8
+        for (int i = lane; i < rows * CHUNKS; i += 32) {
+            const int m = row + i / CHUNKS, n = i % CHUNKS * 8;
+            if (n < columns)
+                *reinterpret_cast<uint4*>(c + int64_t(m) * p.n + n) = *reinterpret_cast<const uint4*>(staging + m * PITCH + n * 2);
+        }
+    } else {
+        for (int i = lane; i < rows * Y; i += 32) {
+            const int m = row + i / Y, n = i % Y;
+            if (n < columns) c[int64_t(m) * p.n + n] = *reinterpret_cast<const uint16_t*>(staging + m * PITCH + n * 2);
+        }
+    }
+}
+
 template <bool SWAPPED, int WAVES, int Y, int CLUSTER, bool GROUPED> __global__ void __launch_bounds__(384, SWAPPED ? 2 : 1)
     fp8_gemm_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap y_map, const GemmArgs p) {
     constexpr GemmTile T = {SWAPPED, WAVES, Y, CLUSTER};
@@ -82,18 +104,21 @@ template <bool SWAPPED, int WAVES, int Y, int CLUSTER, bool GROUPED> __global__ 
     unsigned char* const staging = reinterpret_cast<unsigned char*>(scales + STAGES * SCALES);
     uint64_t* const full = reinterpret_cast<uint64_t*>(staging + T.staging_bytes());
     uint64_t* const empty = full + STAGES;
-    int* const starts = reinterpret_cast<int*>(empty + STAGES);  // first tile of each group, of the rows past them, and the end
+    uint64_t *const given = empty + STAGES, *const taken = given + 2;  // staged results of each warpgroup, for the warp that stores
+    int* const starts = reinterpret_cast<int*>(taken + 2);  // first tile of each group, of the rows past them, and the end
 
     const int thread = int(threadIdx.x), warp = uniform(thread / 32), lane = thread % 32, group = warp / 4;
     const int rank = CLUSTER > 1 || p.splits > 1 ? int(cluster_rank()) : 0;
     const int blocks_of = CLUSTER > 1 ? CLUSTER : p.splits;  // of a cluster
     const int first = int(blockIdx.x) / blocks_of, step = int(gridDim.x) / blocks_of;
+    const bool stored = !SWAPPED && p.mapped && !p.f32;  // a tile by two warps of the first group, under the next one's products
 
     if (thread == 0) {
         for (int s = 0; s < STAGES; ++s) {
             barrier_init(full + s, p.mapped ? 1 + 32 : 128 + 32);  // the last 32 when their scales have landed
             barrier_init(empty + s, 8 * CLUSTER);
         }
+        for (int i = 0; i < 2; ++i) barrier_init(given + i, 4), barrier_init(taken + i, 1);
         barrier_init_fence();
     }
     if (GROUPED && warp == 1) {
@@ -167,11 +192,25 @@ template <bool SWAPPED, int WAVES, int Y, int CLUSTER, bool GROUPED> __global__ 
                     cp_async_arrive(full + at.slot);
                 }
             }
+        else if (stored) {
+            if constexpr (!SWAPPED) {
+                int turn = 0;
+                for (int index = first;; index += step, ++turn) {
+                    const GemmJob job = job_at<GROUPED>(T, p, starts, index, CLUSTER > 1 ? rank : 0);
+                    if (!job.valid) break;
+                    barrier_wait(given + warp - 2, turn & 1);
+                    store_rows<Y, T.pitch()>(p, job, staging, (warp - 2) * WAVES * 64, WAVES * 64, lane);
+                    __syncwarp();
+                    if (lane == 0) barrier_arrive(taken + warp - 2);
+                }
+            }
+        }
     } else {
         registers_more<SWAPPED ? 96 : WAVES == 2 ? 224 : 208>();
         const int mine = thread - 128, part = group - 1;  // thread of the 256, warpgroup
         const int local = mine % 128;
-        for (int index = first;; index += step) {
+        int turn = 0;
+        for (int index = first;; index += step, ++turn) {
             const GemmJob job = job_at<GROUPED>(T, p, starts, index, CLUSTER > 1 ? rank : 0);
             if (!job.valid) break;
             float sums[WAVES][Y / 2] = {};
@@ -247,40 +286,24 @@ template <bool SWAPPED, int WAVES, int Y, int CLUSTER, bool GROUPED> __global__ 
                         if (m < job.end && n < p.n) static_cast<float*>(p.c)[int64_t(m) * p.n + n] = sums[w][i];
                     }
             } else {
-                unsigned char* const mine16 = staging + (warp - 4) * 16 * 144;  // 16 rows of up to 64 columns
+                const int row = part * WAVES * 64 + warp % 4 * 16;
+                if (stored) barrier_wait(taken + part, turn & 1 ^ 1);
 #pragma unroll
                 for (int w = 0; w < WAVES; ++w)
 #pragma unroll
-                    for (int c0 = 0; c0 < Y; c0 += 64) {
-                        constexpr int WHOLE = 64;
-                        const int width = Y - c0 < WHOLE ? Y - c0 : WHOLE;
-#pragma unroll
-                        for (int c = 0; c < width; c += 16) {
-                            const float* const d = sums[w] + (c0 + c) / 2;
-                            const uint32_t v[4] = {pack_bf16(d[0], d[1]), pack_bf16(d[2], d[3]), pack_bf16(d[4], d[5]),
-                                                   pack_bf16(d[6], d[7])};
-                            stmatrix4(mine16 + (lane / 8 % 2 * 8 + lane % 8) * 144 + (c + lane / 16 * 8) * 2, v);
-                        }
-                        __syncwarp();
-                        const int m0 = job.row + (part * WAVES + w) * 64 + warp % 4 * 16;
-                        uint16_t* const c16 = static_cast<uint16_t*>(p.c);
-                        if (p.n % 8 == 0) {
-                            for (int i = lane; i < 16 * (width / 8); i += 32) {
-                                const int m = m0 + i / (width / 8), n = job.col + c0 + i % (width / 8) * 8;
-                                if (m < job.end && n < p.n)
-                                    *reinterpret_cast<uint4*>(c16 + int64_t(m) * p.n + n) =
-                                        *reinterpret_cast<const uint4*>(mine16 + i / (width / 8) * 144 + i % (width / 8) * 16);
-                            }
-                        } else {
-                            for (int i = lane; i < 16 * width; i += 32) {
-                                const int m = m0 + i / width, n = job.col + c0 + i % width;
-                                if (m < job.end && n < p.n)
-                                    c16[int64_t(m) * p.n + n] =
-                                        *reinterpret_cast<const uint16_t*>(mine16 + i / width * 144 + i % width * 2);
-                            }
-                        }
-                        __syncwarp();
+                    for (int c = 0; c < Y; c += 16) {
+                        const float* const d = sums[w] + c / 2;
+                        const uint32_t v[4] = {pack_bf16(d[0], d[1]), pack_bf16(d[2], d[3]), pack_bf16(d[4], d[5]),
+                                               pack_bf16(d[6], d[7])};
+                        stmatrix4(staging + (row + w * 64 + lane % 16) * T.pitch() + (c + lane / 16 * 8) * 2, v);
                     }
+                __syncwarp();
+                if (!stored) {
+                    for (int w = 0; w < WAVES; ++w) store_rows<Y, T.pitch()>(p, job, staging, row + w * 64, 16, lane);
+                    __syncwarp();
+                } else if (lane == 0) {
+                    barrier_arrive(given + part);
+                }
             }
         }
     }
