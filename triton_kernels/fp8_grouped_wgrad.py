@@ -2,7 +2,7 @@
 
 Rows are the summed index, so both tiles lie across it, which FP8 products of sm90 do not take: codes become f16, which
 holds every e4m3 value, and multiply as such. Up to some 600 rows a group the f32 gradients, 4 bytes each, take longer to
-write (H200: 4.3 TB/s against 790 TFLOP/s); few rows get small tiles, of which a multiprocessor holds three.
+write (H200: 4.3 TB/s against 790 TFLOP/s).
 """
 
 import triton
@@ -12,19 +12,20 @@ from kernomics.triton_kernels.gemm import groups_of, place
 
 
 def tile(dims, chip):
-    """Rows of a step (a divisor of 128), rows and columns of a gradient's tile, warps, stages. bench/results/h200.jsonl: 65 % of
-    a copy's bandwidth for few rows, 24 % for 128 an expert; other tiles and chips are unmeasured.
+    """Rows of a step (a divisor of 128), rows and columns of a gradient's tile, warps, stages. bench/tiles/h200.jsonl: the
+    quickest of eight for 8, 128 to 512 and 1024 rows a group, within 4 % for 4096. Other chips are unmeasured.
 
-    Few rows: small tiles, several to a multiprocessor, so that one's loads run beside another's stores. Many: as large as
-    the registers hold the sums and a step's products. Where 16 does not divide rows, elements come one by one, with an
-    address each: small tiles.
+    Several tiles to a multiprocessor, so that one's loads run beside another's stores: small ones for few rows. Where 16 does
+    not divide rows, elements come one by one, with an address each: small tiles.
     """
     if dims["n"] % 16 or dims["k"] % 16:
         return (16, 64, 64, 8, 2) if chip.amd else (32, 64, 64, 4, 2)
     if dims["t"] <= 48 * dims["e"]:
         return 32, 64, 64, 4, 2
-    if chip.family in ("sm90", "sm100", "sm103"):
-        return 64, 128, 64 if chip.family == "sm90" else 128, 8, 3
+    if chip.family == "sm90":
+        return 64, 64, 128, 4, 2
+    if chip.family in ("sm100", "sm103"):
+        return 64, 128, 128, 8, 3
     return 64 if chip.amd else 32, 128, 128, 8, 2
 
 

@@ -275,8 +275,11 @@ def options_of(bm, dims, chip):
         options["BK"] = 64
     if chip.amd:
         return options | {"num_stages": 2}
+    if chip.family == "sm90" and dims["a_bytes"] > dims["b_bytes"] and bm <= 64:
+        return options | {"BN": 64 if bm == 16 else 128, "BK": 128, **({"num_warps": 8, "num_stages": 3} if bm == 64 else
+                                                                      {"num_warps": 4, "num_stages": 4})}
     if bm <= 32:
-        return options | {"num_stages": 4 if chip.shared < 128 << 10 else 5}
+        return options | {"TMA": bm == 16 and e4m3_on_sm90(dims, chip), "num_stages": 4 if chip.shared < 128 << 10 else 5}
     if bm == 64 and e4m3_on_sm90(dims, chip):
         return options | {"TMA": True, "num_warps": 4, "num_stages": 4}
     if bm == 64:

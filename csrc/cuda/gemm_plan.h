@@ -37,7 +37,7 @@ struct GemmTile {
     }
 };
 
-static constexpr int MOST_EXPERTS = 2048;
+static constexpr int MOST_EXPERTS = 2048, MOST_SPLITS = 8;
 static constexpr GemmTile DENSE_TILES[] = {{true, 1, 8, 1},    {true, 1, 16, 1},  {true, 1, 32, 1},   {true, 1, 64, 1},
                                            {false, 1, 64, 1},  {false, 1, 96, 2}, {false, 1, 128, 2}, {false, 2, 96, 2},
                                            {false, 2, 112, 2}, {false, 2, 128, 2}};
@@ -51,10 +51,10 @@ struct GemmPlan {
 };
 
 // The tile and split of least expected time in clock cycles of an H200: memory gives 2420 bytes a cycle to all multiprocessors
-// together, L2 38 to each when all of them load, up to 43 when few do; a tile's products reach a share of the 8543 FLOP of FP8 a
-// cycle and multiprocessor, which together with what a round costs beyond its products (8 steps) is fitted to 282 times of 48
-// shapes on an H200 (bench/tiles/h200.jsonl): of those shapes the choice is 1 % slower than the best on average, at most 18 %.
-static constexpr double SWAPPED_SHARE = 0.31, DENSE_SHARE[] = {0.57, 0.41, 0.53, 0.30, 0.34, 0.59};
+// together, L2 39 to each when all of them load, up to 43 when few do; a tile's products reach a share of the 8543 FLOP of FP8 a
+// cycle and multiprocessor, which together with what a round costs beyond its products (10 steps) is fitted to 420 times of 48
+// shapes on an H200 (bench/tiles/h200.jsonl): of those shapes the choice is 0.4 % slower than the best on average, at most 8 %.
+static constexpr double SWAPPED_SHARE = 0.34, DENSE_SHARE[] = {0.98, 0.45, 0.50, 0.25, 0.25, 0.59};
 constexpr GemmPlan plan_dense(int64_t m, int64_t n, int64_t k, int units) {
     GemmPlan best = {0, 1};
     double least_cycles = -1;
@@ -64,15 +64,15 @@ constexpr GemmPlan plan_dense(int64_t m, int64_t n, int64_t k, int units) {
         const GemmTile& t = DENSE_TILES[i];
         if (t.swapped ? t.y < m && t.y < 32 : m <= 32) continue;  // wider ones read weights less often; no slot half empty
         const int64_t tiles = up(m, t.tokens()) * up(up(n, t.weights()), t.cluster) * t.cluster;
-        for (int splits = 1; splits <= (t.swapped ? 8 : 1) && splits <= blocks; splits *= 2) {
+        for (int splits = 1; splits <= (t.swapped ? MOST_SPLITS : 1) && splits <= blocks; splits *= 2) {
             const int64_t rounds = up(tiles * splits, units), busy = least(tiles * splits, units);
-            const double spare = 38.0 * units / double(busy), rate = spare < 43 ? spare : 43;
+            const double spare = 39.0 * units / double(busy), rate = spare < 43 ? spare : 43;
             const double share = t.swapped ? SWAPPED_SHARE : DENSE_SHARE[i - SWAPPED_TILES];
             const double products = t.x() * t.y * 256 / 8543.0 / share, loads = (t.x() / t.cluster + t.y) * 128 / rate;
             const double turn = products > loads ? products : loads;
             const double work = double(rounds * up(blocks, splits)) * turn;
-            const double cycles = (work > memory ? work : memory) + double(rounds) * 8 * turn +
-                                  (splits > 1 ? 1800 : 0);  // splits meet: two cluster barriers
+            const double cycles = (work > memory ? work : memory) + double(rounds) * 10 * turn +
+                                  (splits > 1 ? 2542 : 0);  // splits meet: two cluster barriers
             if (least_cycles < 0 || cycles < least_cycles) {
                 least_cycles = cycles;
                 best = {i, splits};

@@ -79,7 +79,7 @@ __device__ inline void store_rows(const GemmArgs& p, const GemmJob& job, const u
     uint16_t* const c = static_cast<uint16_t*>(p.c) + int64_t(job.row) * p.n + job.col;
     const int rows = min(count, job.end - job.row - row), columns = p.n - job.col;
     if (p.n % 8 == 0) {
-#pragma unroll 8
+#pragma unroll 4
         for (int i = lane; i < rows * CHUNKS; i += 32) {
             const int m = row + i / CHUNKS, n = i % CHUNKS * 8;
             if (n < columns)
@@ -209,6 +209,9 @@ template <bool SWAPPED, int WAVES, int Y, int CLUSTER, bool GROUPED> __global__ 
         registers_more<SWAPPED ? 96 : WAVES == 2 ? 224 : 208>();
         const int mine = thread - 128, part = group - 1;  // thread of the 256, warpgroup
         const int local = mine % 128;
+        // As numbers that the compiler does not make anew each step.
+        const uint32_t ring = uniform(shared_address(tiles)), arrived = uniform(shared_address(full));
+        const uint64_t x_first = descriptor(ring + uint32_t(part * WAVES * 64 * 128), 1024), y_first = descriptor(ring + X * 128, 1024);
         int turn = 0;
         for (int index = first;; index += step, ++turn) {
             const GemmJob job = job_at<GROUPED>(T, p, starts, index, CLUSTER > 1 ? rank : 0);
@@ -218,16 +221,11 @@ template <bool SWAPPED, int WAVES, int Y, int CLUSTER, bool GROUPED> __global__ 
             const int to = SWAPPED && p.splits > 1 ? split_start(job.blocks, p.splits, rank + 1) : job.blocks;
             const int edge = 128 - int(job.col % 128);  // columns before the next scale of weights
             for (int kb = from; kb < to; ++kb, at.next(STAGES)) {
-                barrier_wait(full + at.slot, at.parity);
-                const uint32_t x = shared_address(tiles + at.slot * (X + Y) * 128), y = x + X * 128;
+                barrier_wait(arrived + uint32_t(at.slot * 8), at.parity);
+                const uint32_t stage = uint32_t(at.slot * (X + Y) * 128);
+                const uint64_t x = descriptor_at(x_first, stage), y = descriptor_at(y_first, stage);
                 const float* const s = scales + at.slot * SCALES;
-                const float w0 = s[T.tokens()], w1 = s[T.tokens() + 1];
-                float rows[WAVES][2];
-                if constexpr (!SWAPPED) {
-#pragma unroll
-                    for (int w = 0; w < WAVES; ++w)
-                        for (int h = 0; h < 2; ++h) rows[w][h] = s[(part * WAVES + w) * 64 + fragment_row(local, 2 * h)];
-                }
+                float w0, w1, rows[WAVES][2];
 #pragma unroll
                 for (int w = 0; w < WAVES; ++w) {
                     float d[Y / 2];
@@ -235,9 +233,16 @@ template <bool SWAPPED, int WAVES, int Y, int CLUSTER, bool GROUPED> __global__ 
                     wgmma_fence();
 #pragma unroll
                     for (int i = 0; i < 4; ++i)
-                        wgmma_e4m3<Y>(d, descriptor(x + uint32_t((part * WAVES + w) * 64 * 128 + i * 32), 1024),
-                                      descriptor(y + uint32_t(i * 32), 1024), i > 0);
+                        wgmma_e4m3<Y>(d, descriptor_at(x, uint32_t(w * 64 * 128 + i * 32)), descriptor_at(y, uint32_t(i * 32)), i > 0);
                     wgmma_commit();
+                    if (w == 0) {  // under the products, which wait for no more than their operands
+                        w0 = s[T.tokens()], w1 = s[T.tokens() + 1];
+                        if constexpr (!SWAPPED) {
+#pragma unroll
+                            for (int v = 0; v < WAVES; ++v)
+                                for (int h = 0; h < 2; ++h) rows[v][h] = s[(part * WAVES + v) * 64 + fragment_row(local, 2 * h)];
+                        }
+                    }
                     wgmma_wait<0>();
                     hold(d);
                     if constexpr (SWAPPED) {
@@ -252,7 +257,7 @@ template <bool SWAPPED, int WAVES, int Y, int CLUSTER, bool GROUPED> __global__ 
                     if (w == WAVES - 1) {
                         __syncwarp();
                         if (CLUSTER == 1 ? lane == 0 : lane < CLUSTER) {
-                            if (CLUSTER == 1 || lane == rank) barrier_arrive(empty + at.slot);
+                            if (CLUSTER == 1 || lane == rank) barrier_arrive(arrived + uint32_t((STAGES + at.slot) * 8));
                             else barrier_arrive_remote(empty + at.slot, lane);
                         }
                     }
@@ -287,7 +292,7 @@ template <bool SWAPPED, int WAVES, int Y, int CLUSTER, bool GROUPED> __global__ 
                     }
             } else {
                 const int row = part * WAVES * 64 + warp % 4 * 16;
-                if (stored) barrier_wait(taken + part, turn & 1 ^ 1);
+                if (stored) barrier_wait(taken + part, (turn & 1) ^ 1);
 #pragma unroll
                 for (int w = 0; w < WAVES; ++w)
 #pragma unroll
@@ -315,9 +320,14 @@ template <bool SWAPPED, int WAVES, int Y, int CLUSTER, bool GROUPED> __global__ 
                 const GemmJob job = job_at<GROUPED>(T, p, starts, first, 0);
                 const int mine = thread - 128, local = mine % 128;
                 float* const partial = reinterpret_cast<float*>(tiles);
+#pragma unroll 4
                 for (int i = rank; i < Y / 2; i += p.splits) {
-                    float v = 0;
-                    for (int r = 0; r < p.splits; ++r) v += cluster_map(partial, r)[i * 256 + mine];
+                    float of[MOST_SPLITS], v = 0;
+#pragma unroll
+                    for (int r = 0; r < MOST_SPLITS; ++r)  // all on their way at once
+                        of[r] = r < p.splits ? cluster_map(partial, r)[i * 256 + mine] : 0;
+#pragma unroll
+                    for (int r = 0; r < MOST_SPLITS; ++r) v += of[r];
                     store_swapped(p, job, (group - 1) * 64, local, i, v);
                 }
             }

@@ -155,20 +155,20 @@ __device__ inline uint64_t mla_count(uint64_t* count, uint64_t launch, uint64_t 
     return atomicAdd(at, Word(add)) + add;
 }
 
-// Joins what blocks know of an item, a share of it in each of the `blocks`: 256 threads, a warp 128 columns of a row, or where
-// there are fewer of those than warps all warps part of the pieces each. Turns of 2 us of latency are what it costs. The sums run
-// in an order that shapes and lengths fix.
-__device__ inline void mla_join(const MlaArgs& a, const MlaCut& cut, int group_rows, int block, int blocks, unsigned char* memory,
-                                int thread) {
-    const int first = cut.group * group_rows, rows = min(a.slot_rows, a.rows - first), count = cut.last - cut.first + 1;
-    const int warp = thread / 32, lane = thread % 32, ways = count > 8 && rows * 2 <= blocks ? 8 : 1, way = ways == 1 ? 0 : warp;
+// Joins what blocks know of an item, a share of it in each of the `blocks`: 256 threads, a warp QUARTERS times 128 columns of a
+// row, with `ways` = 8 all warps part of the pieces each. Turns of some 2 us of latency are what it costs. The sums run in an
+// order that shapes and lengths fix.
+template <int QUARTERS>
+__device__ inline void mla_join(const MlaArgs& a, const MlaCut& cut, int first, int rows, int ways, int block, int blocks,
+                                unsigned char* memory, int thread) {
+    constexpr int AT_ONCE = 8 / QUARTERS;  // pieces on their way
+    const int count = cut.last - cut.first + 1, warp = thread / 32, lane = thread % 32, way = ways == 1 ? 0 : warp;
     float4* const sums = reinterpret_cast<float4*>(memory);  // of each thread
     float* const weights = reinterpret_cast<float*>(memory + 256 * 16) + warp * a.parts;
-    for (int unit = ways == 1 ? block * 8 + warp : block; unit < rows * 4; unit += blocks * 8 / ways) {
-        const int row = unit / 4, column = unit % 4 * 128 + lane * 4;
+    for (int unit = ways == 1 ? block * 8 + warp : block; unit < rows * 4 / QUARTERS; unit += blocks * 8 / ways) {
+        const int row = unit * QUARTERS / 4, column = unit * QUARTERS % 4 * 128 + lane * 4;
         auto place = [&](int i) { return mla_slot(cut.first + i, i == 0) * a.slot_rows + row; };
         float top = MINUS_INF, total = 0;
-        float4 sum = {0, 0, 0, 0};
         for (int i = lane; i < count; i += 32) top = fmaxf(top, a.totals[place(i)].x);
         for (int by = 16; by; by /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, by));
         for (int i = lane; i < count; i += 32) {
@@ -179,30 +179,45 @@ __device__ inline void mla_join(const MlaArgs& a, const MlaCut& cut, int group_r
         }
         for (int by = 16; by; by /= 2) total += __shfl_xor_sync(0xffffffff, total, by);
         __syncwarp();
-#pragma unroll 8
-        for (int i = way; i < count; i += ways) {
-            const float weight = weights[i];
-            // A part that has seen no key has written nothing; the weight of NaN sums is NaN, or they have made `total` NaN.
-            if (weight == 0) continue;
-            const float4 o = *reinterpret_cast<const float4*>(a.partial + place(i) * 512 + column);
-            sum = {fmaf(weight, o.x, sum.x), fmaf(weight, o.y, sum.y), fmaf(weight, o.z, sum.z), fmaf(weight, o.w, sum.w)};
+        float4 sum[QUARTERS] = {};
+        for (int i = way; i < count; i += AT_ONCE * ways) {
+            float weight[AT_ONCE];
+            float4 o[AT_ONCE][QUARTERS];
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; ++k) {
+                // A part that has seen no key has written nothing; the weight of NaN sums is NaN, or they have made `total` NaN.
+                weight[k] = i + k * ways < count ? weights[i + k * ways] : 0;
+#pragma unroll
+                for (int n = 0; n < QUARTERS; ++n)
+                    o[k][n] = weight[k] == 0 ? float4{0, 0, 0, 0}
+                                             : *reinterpret_cast<const float4*>(a.partial + place(i + k * ways) * 512 + column + n * 128);
+            }
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; ++k)
+#pragma unroll
+                for (int n = 0; n < QUARTERS; ++n)
+                    sum[n] = {fmaf(weight[k], o[k][n].x, sum[n].x), fmaf(weight[k], o[k][n].y, sum[n].y),
+                              fmaf(weight[k], o[k][n].z, sum[n].z), fmaf(weight[k], o[k][n].w, sum[n].w)};
         }
-        if (ways > 1) {
-            sums[thread] = sum;
+        if (QUARTERS == 1 && ways > 1) {
+            sums[thread] = sum[0];
             part_sync(2, 256);
             if (warp == 0)
                 for (int i = 1; i < ways; ++i) {
                     const float4 o = sums[lane + i * 32];
-                    sum = {sum.x + o.x, sum.y + o.y, sum.z + o.z, sum.w + o.w};
+                    sum[0] = {sum[0].x + o.x, sum[0].y + o.y, sum[0].z + o.z, sum[0].w + o.w};
                 }
             part_sync(2, 256);
         }
         if (way == 0) {
             const int head = (first + row) % a.h;
             const float log = top + log2f(total), finish = finish_of(a, head, total, log);
-            const uint2 result = {pack_bf16(sum.x * finish, sum.y * finish), pack_bf16(sum.z * finish, sum.w * finish)};
-            *reinterpret_cast<uint2*>(a.out + (int64_t(cut.seq) * a.rows + first + row) * 512 + column) = result;
-            if (unit % 4 == 0 && lane == 0)
+#pragma unroll
+            for (int n = 0; n < QUARTERS; ++n) {
+                const uint2 result = {pack_bf16(sum[n].x * finish, sum[n].y * finish), pack_bf16(sum[n].z * finish, sum[n].w * finish)};
+                *reinterpret_cast<uint2*>(a.out + (int64_t(cut.seq) * a.rows + first + row) * 512 + column + n * 128) = result;
+            }
+            if (column == 0)
                 a.lse[(int64_t(cut.seq) * a.h + head) * a.nq + (first + row) / a.h] = total == 0 ? MINUS_INF : log * LN2;
         }
         __syncwarp();
@@ -229,7 +244,11 @@ __device__ inline void mla_end(const MlaArgs& a, const MlaWalk& start, MlaCut (&
         const int blocks = (cut.last - cut.first + 1) * cluster;
         if (thread == 0) wait_count(count, MLA_DONE, uint64_t(blocks));
         part_sync(2, 256);
-        mla_join(a, cut, group_rows, (part - cut.first) * cluster + rank, blocks, memory, thread);
+        const int first = cut.group * group_rows, rows = min(a.slot_rows, a.rows - first);
+        const int ways = blocks > 8 * cluster && rows * 2 <= blocks ? 8 : 1, block = (part - cut.first) * cluster + rank;
+        // Several turns of a quarter of a row are fewer of whole rows, which take little longer each.
+        if (ways == 1 && rows > blocks * 4) mla_join<4>(a, cut, first, rows, ways, block, blocks, memory, thread);
+        else mla_join<1>(a, cut, first, rows, ways, block, blocks, memory, thread);
         if (thread == 0 && (mla_count(count, a.launch, MLA_DONE + 1) >> MLA_COUNT & MLA_DONE) == uint64_t(blocks)) *count = 0;
     }
 }

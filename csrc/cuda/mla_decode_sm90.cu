@@ -7,7 +7,7 @@
 // cluster copy each half of a tile for both: 17 bytes a cycle from L2 instead of 34, of which it has about 32.
 //
 // Four warpgroups, which meet at barriers alone: copies; scores and weights; two for 256 columns of the output each, 128
-// registers a thread. Scores of the next tile and their softmax run under the values of this one. Shared memory: queries 72 KB, a
+// registers a thread. Scores of the next bf16 tile run under this one's softmax and values. Shared memory: queries 72 KB, a
 // ring of two tiles 144 KB, given back in thirds (each output's values, the rotated part); weights take the place of the rotated
 // part. 37 KB and more are on their way to a multiprocessor at any time: 1 us of its share of the bandwidth. Keys that are pages'
 // whole tiles come by tensor map; others by 16-byte copies of each thread. FP8: codes become bf16, exactly; the scales multiply
@@ -80,6 +80,7 @@ struct MlaShared : MlaSteps {  // the scores' first thread steps, as registers a
     float rescale[2][MLA_ROWS], finish[2][MLA_ROWS];                  // factors of the outputs before a tile, and at the end
     float scales[2][4][MLA_KEYS];                                     // of 128 codes of a key
     int odd[2];               // the tile's page is none
+    int ahead[2];             // the next tile has come before this one's softmax
     float odd_key[MLA_KEYS];  // NaN: of a key with a value that is none
     MlaNote note[2];
     MlaTiles tiles[4];        // of each warp that copies
@@ -216,7 +217,7 @@ __device__ inline void load_fp8(const MlaArgs& a, unsigned char* slots, MlaShare
         unsigned char* const to = slots + slot * TILE;
         more = look_up(a, tiles, j + 1, warp, lane);
         barrier_wait(&m.empty[slot][2], parity);
-#pragma unroll 1
+#pragma unroll 2
         for (int i = 0; i < 4; ++i) {
             const int token = tiles.token[j & 1][4 * i + r];
             const unsigned char* const key = mine + int64_t(token) * 656;
@@ -243,9 +244,12 @@ __device__ inline void load_fp8(const MlaArgs& a, unsigned char* slots, MlaShare
             }
             if (g < 2) fetch(j, g + 2);
             else if (more) fetch(j + 1, g - 2);
-            if (g == 0 && more && lane < 16) {
-                const int ahead = tiles.token[(j + 1) & 1][lane];
-                if (ahead >= 0) prefetch_l2(a.cache + int64_t(ahead) * 656, 656);
+            if (g == 0 && more) {
+#pragma unroll 1
+                for (int i = lane; i < 16 * 6; i += 32) {
+                    const int ahead = tiles.token[(j + 1) & 1][i / 6];
+                    if (ahead >= 0) prefetch_l2(a.cache + int64_t(ahead) * 656 + i % 6 * 128);
+                }
             }
         }
     }
@@ -254,6 +258,9 @@ __device__ inline void load_fp8(const MlaArgs& a, unsigned char* slots, MlaShare
 template <Cache CACHE, int CLUSTER>
 __global__ void __launch_bounds__(512, 1)
     mla_decode_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap cache_map, const MlaArgs a) {
+    // Registers of a thread by its warpgroup.
+    constexpr int COPIES = CACHE == Cache::paged_tma ? 40 : 72, OUTPUTS = CACHE == Cache::fp8 ? 168 : 160;
+    constexpr int SCORES = 512 - COPIES - 2 * OUTPUTS;
     KN_SHARED(memory);
     unsigned char* const queries = memory + (-shared_address(memory) & 1023);
     unsigned char* const slots = queries + TILE;
@@ -282,12 +289,13 @@ __global__ void __launch_bounds__(512, 1)
     if (CLUSTER > 1) cluster_sync();  // a block's barriers are there before its neighbour arrives at them
 
     if (role == 0) {  // copies keys
-        registers_less<CACHE == Cache::fp8 ? 72 : 96>();
+        registers_less<COPIES>();
         if constexpr (CACHE == Cache::fp8) load_fp8(a, slots, m, warp, lane);
         else if constexpr (CACHE == Cache::paged) load_gathered(a, slots, m, warp, lane);
         else if (warp == 0) load_mapped<CLUSTER>(a, &cache_map, slots, m, lane, rank);
     } else if (role == 1) {  // scores and weights
-        registers_less<CACHE == Cache::fp8 ? 104 : 96>();
+        if constexpr (SCORES > 128) registers_more<SCORES>();
+        else registers_less<SCORES>();
         auto load_queries = [&](int turn) {
             const MlaSegment& s = m.segment[turn & 1];
             if (local || s.seq < 0) return;
@@ -295,6 +303,7 @@ __global__ void __launch_bounds__(512, 1)
             for (int i = 0; i < 9; ++i)
                 tma_load(queries + i * PANEL, &q_map, &m.queries, i * 64, s.seq * a.rows + (s.group * CLUSTER + rank) * MLA_ROWS);
         };
+        const uint64_t q = descriptor(uniform(shared_address(queries)), 1024);
         load_queries(0);
         int j = 0;
         for (int turn = 0; m.segment[turn & 1].seq >= 0; ++turn) {
@@ -311,37 +320,53 @@ __global__ void __launch_bounds__(512, 1)
                     for (int i = local; i < min(MLA_ROWS, a.rows - row0) * 64; i += 128)
                         reinterpret_cast<uint4*>(a.out + (int64_t(s.seq) * a.rows + row0) * 512)[i] = uint4{0, 0, 0, 0};
             }
+            auto arrived = [&](int j, int third) {
+                barrier_wait(&m.full[j & 1][third], j >> 1 & 1);
+                if (CACHE != Cache::paged_tma) fence_async();  // threads wrote it, tensor cores read it
+            };
+            auto multiply = [&](float (&to)[32], int j, int panel, int panels, bool add) {
+                const uint64_t k = descriptor_at(q, uint32_t(TILE + (j & 1) * TILE));
+#pragma unroll
+                for (int i = 0; i < panels * 4; ++i) {
+                    const uint32_t at = uint32_t((panel + i / 4) * PANEL + i % 4 * 32);
+                    wgmma_bf16<64>(to, descriptor_at(q, at), descriptor_at(k, at), add || i > 0);
+                }
+            };
+            float products[32];  // of a bf16 tile's keys with the queries
+            auto begin = [&](int j) {
+                hold(products);
+#pragma unroll
+                for (int third = 0; third < THIRDS; ++third) {
+                    arrived(j, third);
+                    wgmma_fence();
+                    multiply(products, j, third * 4, third < 2 ? 4 : 1, third > 0);
+                }
+                wgmma_commit();
+            };
+            auto finish = [&] {
+                wgmma_wait<0>();
+                hold(products);
+            };
+            if (CACHE != Cache::fp8 && s.first < end) begin(j), finish();
             for (int t = s.first; t < end; ++t, ++j) {
                 const int slot = j & 1;
                 unsigned char* const tile = slots + slot * TILE;
-                const uint32_t q = shared_address(queries), k = shared_address(tile);
-                auto arrived = [&](int third) {
-                    barrier_wait(&m.full[slot][third], j >> 1 & 1);
-                    if (CACHE != Cache::paged_tma) fence_async();  // threads wrote it, tensor cores read it
-                };
-                auto multiply = [&](float (&to)[32], int panel, int panels, bool add) {
-#pragma unroll
-                    for (int i = 0; i < panels * 4; ++i) {
-                        const uint32_t at = uint32_t((panel + i / 4) * PANEL + i % 4 * 32);
-                        wgmma_bf16<64>(to, descriptor(q + at, 1024), descriptor(k + at, 1024), add || i > 0);
-                    }
-                };
                 float d[32];
-                hold(d);
                 if constexpr (CACHE == Cache::fp8) {
-                    arrived(2);
+                    hold(d);
+                    arrived(j, 2);
                     wgmma_fence();
-                    multiply(d, 8, 1, false);
+                    multiply(d, j, 8, 1, false);
                     wgmma_commit();
                     wgmma_wait<0>();
                     hold(d);
 #pragma unroll 1
                     for (int g = 0; g < 4; ++g) {
-                        if (g % 2 == 0) arrived(g / 2);
+                        if (g % 2 == 0) arrived(j, g / 2);
                         float codes[32];
                         hold(codes);
                         wgmma_fence();
-                        multiply(codes, 2 * g, 2, false);
+                        multiply(codes, j, 2 * g, 2, false);
                         wgmma_commit();
                         wgmma_wait<0>();
                         hold(codes);
@@ -352,20 +377,20 @@ __global__ void __launch_bounds__(512, 1)
                             for (int r = 0; r < 4; ++r) d[i + r] = fmaf(codes[i + r], r % 2 ? by.y : by.x, d[i + r]);
                         }
                     }
+#pragma unroll
+                    for (int i = 0; i < 32; ++i) d[i] *= a.factor;
                 } else {
 #pragma unroll
-                    for (int third = 0; third < THIRDS; ++third) {
-                        arrived(third);
-                        wgmma_fence();
-                        multiply(d, third * 4, third < 2 ? 4 : 1, third > 0);
+                    for (int i = 0; i < 32; ++i) d[i] = products[i] * a.factor;
+                    if (local == 0 && t + 1 < end) {
+                        bool here = true;
+                        for (int third = 0; third < THIRDS; ++third) here &= barrier_test(&m.full[slot ^ 1][third], (j + 1) >> 1 & 1);
+                        m.ahead[slot] = here;
                     }
-                    wgmma_commit();
-                    wgmma_wait<0>();
-                    hold(d);
                 }
                 part_sync(1, 128);  // all warps have read the queries and the tile's last panel
                 if (t + 1 == end) load_queries(turn + 1);
-
+                auto weigh = [&] {
                 const int base = t * MLA_KEYS;
                 if (CACHE == Cache::paged_tma && m.odd[slot]) {
 #pragma unroll
@@ -388,8 +413,6 @@ __global__ void __launch_bounds__(512, 1)
                         if (base + key >= fewest && base + key < s.length) d[i] += m.odd_key[key];
                     }
                 }
-#pragma unroll
-                for (int i = 0; i < 32; ++i) d[i] *= a.factor;
                 if (base + MLA_KEYS > fewest) {
                     const int limit[2] = {a.seen(s.length, row0 + fragment_row(local, 0)),
                                           a.seen(s.length, row0 + fragment_row(local, 2))};
@@ -455,6 +478,15 @@ __global__ void __launch_bounds__(512, 1)
                 fence_async();
                 __syncwarp();
                 if (lane == 0) barrier_arrive(&m.weights[slot]);
+                };
+                // The next tile's products run under these weights where its keys are here.
+                if (CACHE == Cache::fp8 || t + 1 == end) {
+                    weigh();
+                } else if (m.ahead[slot]) {
+                    begin(j + 1), weigh(), finish();
+                } else {
+                    weigh(), begin(j + 1), finish();
+                }
             }
             if (lane % 4 == 0)
                 for (int r = 0; r < 2; ++r) {
@@ -474,12 +506,15 @@ __global__ void __launch_bounds__(512, 1)
         __syncwarp();
         if (lane == 0) barrier_arrive(&m.weights[j & 1]);
     } else {  // outputs: 256 columns each
-        registers_more<CACHE == Cache::fp8 ? 168 : 160>();
+        registers_more<OUTPUTS>();
         const int half = role - 2;
+        const uint32_t first = uniform(shared_address(slots));
+        const uint64_t bf16_weights = descriptor(first + 8 * PANEL, 1024);
+        const uint64_t values = descriptor(first + uint32_t(half * 4 * PANEL), 1024, PANEL);
         float o[2][64];  // 128 columns an instruction: of 512 threads none may name 128 registers in one
         for (int j = 0;; ++j) {
             const int slot = j & 1;
-            const uint32_t tile = shared_address(slots + slot * TILE);
+            const uint32_t tile = uint32_t(slot * TILE);
             barrier_wait(&m.weights[slot], j >> 1 & 1);
             if (m.note[slot].stop) break;
             if (CACHE != Cache::paged_tma) fence_async();
@@ -493,7 +528,7 @@ __global__ void __launch_bounds__(512, 1)
             hold(o[1]);
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
-                const uint32_t values = tile + uint32_t((half * 4 + c * 2) * PANEL);
+                const uint32_t at = tile + uint32_t(c * 2 * PANEL);
                 if constexpr (CACHE == Cache::fp8) {
                     const uint4* const weights = reinterpret_cast<const uint4*>(slots + slot * TILE + 8 * PANEL) + local;
                     const float* const scales = m.scales[slot][half * 2 + c];
@@ -517,7 +552,7 @@ __global__ void __launch_bounds__(512, 1)
 #pragma unroll
                         for (int step = 0; step < 2; ++step)
                             wgmma_bf16<128, true>(o[c], w[step],
-                                                  descriptor(values + uint32_t((first + step) * 2048), 1024, PANEL),
+                                                  descriptor_at(values, at + uint32_t((first + step) * 2048)),
                                                   !begins || first + step > 0);
                         wgmma_commit();
                         wgmma_wait<0>();  // registers are short: those of the weights serve again
@@ -526,8 +561,8 @@ __global__ void __launch_bounds__(512, 1)
                     wgmma_fence();
 #pragma unroll
                     for (int step = 0; step < 4; ++step)
-                        wgmma_bf16<128, true>(o[c], descriptor(tile + uint32_t(8 * PANEL + step * 32), 1024),
-                                              descriptor(values + uint32_t(step * 2048), 1024, PANEL), !begins || step > 0);
+                        wgmma_bf16<128, true>(o[c], descriptor_at(bf16_weights, tile + uint32_t(step * 32)),
+                                              descriptor_at(values, at + uint32_t(step * 2048)), !begins || step > 0);
                 }
             }
             if (CACHE != Cache::fp8) wgmma_commit();
@@ -558,9 +593,9 @@ __global__ void __launch_bounds__(512, 1)
                 }
             }
         }
+        // The memory of the tiles is free: none is on its way, and all are read.
+        mla_end(a, m.start, m.cuts, CLUSTER * MLA_ROWS, rank, CLUSTER, slots, thread - 256);
     }
-    // The memory of the tiles is free: none is on its way, and all are read.
-    if (role >= 2) mla_end(a, m.start, m.cuts, CLUSTER * MLA_ROWS, rank, CLUSTER, slots, thread - 256);
     if (CLUSTER > 1) cluster_sync();  // none ends while another may copy to it or arrive at its barriers
 }
 

@@ -15,9 +15,10 @@ __device__ __forceinline__ void barrier_init(uint64_t* bar, int arrivals) {
 }
 // After barrier_init, before the block (or cluster) synchronises: others and the copy engine see the barriers.
 __device__ __forceinline__ void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-__device__ __forceinline__ void barrier_arrive(uint64_t* bar) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
+__device__ __forceinline__ void barrier_arrive(uint32_t bar) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
+__device__ __forceinline__ void barrier_arrive(uint64_t* bar) { barrier_arrive(shared_address(bar)); }
 // Arrives at the same barrier of another block of the cluster, to say that reads are done. Not for handing over data: with the
 // release that needs, each arrival waits for all of the thread's stores (MEMBAR.ALL.GPU), and each acquiring wait empties L1.
 __device__ __forceinline__ void barrier_arrive_remote(uint64_t* bar, int rank) {
@@ -31,11 +32,20 @@ __device__ __forceinline__ void barrier_expect(uint64_t* bar, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes) : "memory");
 }
 // Waits for the end of the phase of this parity: 0 for the first, 1 for the second, and so on in turn.
-__device__ __forceinline__ void barrier_wait(uint64_t* bar, uint32_t parity) {
-    asm volatile("{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again; }" ::"r"(
-                     shared_address(bar)),
+__device__ __forceinline__ void barrier_wait(uint32_t bar, uint32_t parity) {
+    asm volatile("{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again; }" ::"r"(bar),
                  "r"(parity)
                  : "memory");
+}
+__device__ __forceinline__ void barrier_wait(uint64_t* bar, uint32_t parity) { barrier_wait(shared_address(bar), parity); }
+// Whether that phase has ended.
+__device__ __forceinline__ bool barrier_test(uint64_t* bar, uint32_t parity) {
+    uint32_t done;
+    asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done)
+                 : "r"(shared_address(bar)), "r"(parity)
+                 : "memory");
+    return done != 0;
 }
 
 // ---- copies by tensor map; destinations are aligned to 128 bytes (1024 under the 128-byte swizzle)
@@ -60,10 +70,8 @@ __device__ __forceinline__ void tma_load_multicast(void* to, const CUtensorMap* 
         "l"(map), "r"(shared_address(bar)), "r"(c0), "r"(c1), "h"(blocks), "l"(policy)
         : "memory");
 }
-// `bytes` (a multiple of 16, aligned to 16) of global memory into L2.
-__device__ __forceinline__ void prefetch_l2(const void* from, uint32_t bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-}
+// The 128 bytes around `from` in global memory into L2. cp.async.bulk.prefetch takes one lane after the other.
+__device__ __forceinline__ void prefetch_l2(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory"); }
 
 // Written by threads before, read by the copy engine or the tensor cores after.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -571,6 +571,10 @@ inline void barrier_wait(uint64_t* bar, uint32_t parity) {
     if (parity > 1) cpu::fail("a parity is 0 or 1");
     cpu::wait_until("barrier_wait", [=] { return uint32_t(cpu::open(bar).state & 1) != parity; });
 }
+inline uint64_t* barrier_at(uint32_t address) { return reinterpret_cast<uint64_t*>(cpu::here().shared() + (address - cpu::BASE)); }
+inline void barrier_arrive(uint32_t bar) { barrier_arrive(barrier_at(bar)); }
+inline void barrier_wait(uint32_t bar, uint32_t parity) { barrier_wait(barrier_at(bar), parity); }
+inline bool barrier_test(uint64_t* bar, uint32_t parity) { return uint32_t(cpu::open(bar).state & 1) != parity; }
 
 static constexpr uint64_t EVICT_FIRST = 0x12f0000000000000, EVICT_NORMAL = 0x1000000000000000;
 
@@ -608,11 +612,7 @@ inline void tma_load_multicast(void* to, const CUtensorMap* map, uint64_t* bar, 
                                uint64_t = EVICT_NORMAL) {
     cpu::load(to, map, bar, c0, c1, blocks);
 }
-inline void prefetch_l2(const void* from, uint32_t bytes) {
-    if (bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16) cpu::fail("prefetch_l2: not multiples of 16");
-    for (uint32_t i = 0; i < bytes; ++i)  // such memory must be there
-        static_cast<void>(static_cast<const volatile unsigned char*>(from)[i]);
-}
+inline void prefetch_l2(const void* from) { static_cast<void>(*static_cast<const volatile unsigned char*>(from)); }  // it is there
 inline void fence_async() {}
 
 namespace cpu {
