@@ -75,16 +75,28 @@ __device__ __forceinline__ void store_swapped(const GemmArgs& p, const GemmJob& 
 // `count` rows of a tile in bf16 from `row` of the staging on, those and the columns that are inside; a warp.
 template <int Y, int PITCH>
 __device__ inline void store_rows(const GemmArgs& p, const GemmJob& job, const unsigned char* staging, int row, int count, int lane) {
-    constexpr int CHUNKS = Y / 8;
+    constexpr int CHUNKS = Y / 8, AT_ONCE = 32 / CHUNKS, BATCH = 8;  // of 16 bytes in a row; rows of a warp's copy; copies under way
     uint16_t* const c = static_cast<uint16_t*>(p.c) + int64_t(job.row) * p.n + job.col;
     const int rows = min(count, job.end - job.row - row), columns = p.n - job.col;
     if (p.n % 8 == 0) {
-#pragma unroll 4
-        for (int i = lane; i < rows * CHUNKS; i += 32) {
-            const int m = row + i / CHUNKS, n = i % CHUNKS * 8;
-            if (n < columns)
-                *reinterpret_cast<uint4*>(c + int64_t(m) * p.n + n) = *reinterpret_cast<const uint4*>(staging + m * PITCH + n * 2);
+        const int r = lane / CHUNKS, n = lane % CHUNKS * 8;
+        if (r >= AT_ONCE || n >= columns) return;
+        const unsigned char* from = staging + (row + r) * PITCH + n * 2;
+        uint16_t* to = c + int64_t(row + r) * p.n + n;
+        const int64_t step = int64_t(AT_ONCE) * p.n;
+        int left = rows - r;
+#pragma unroll 1
+        for (; left > (BATCH - 1) * AT_ONCE; left -= BATCH * AT_ONCE) {
+            uint4 v[BATCH];
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i) v[i] = *reinterpret_cast<const uint4*>(from + i * AT_ONCE * PITCH);
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i, to += step) *reinterpret_cast<uint4*>(to) = v[i];
+            from += BATCH * AT_ONCE * PITCH;
         }
+#pragma unroll 1
+        for (; left > 0; left -= AT_ONCE, to += step, from += AT_ONCE * PITCH)
+            *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
     } else {
         for (int i = lane; i < rows * Y; i += 32) {
             const int m = row + i / Y, n = i % Y;

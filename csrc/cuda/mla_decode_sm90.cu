@@ -7,7 +7,7 @@
 // cluster copy each half of a tile for both: 17 bytes a cycle from L2 instead of 34, of which it has about 32.
 //
 // Four warpgroups, which meet at barriers alone: copies; scores and weights; two for 256 columns of the output each, 128
-// registers a thread. Scores of the next bf16 tile run under this one's softmax and values. Shared memory: queries 72 KB, a
+// registers a thread. Scores of the next tile and their softmax run under the values of this one. Shared memory: queries 72 KB, a
 // ring of two tiles 144 KB, given back in thirds (each output's values, the rotated part); weights take the place of the rotated
 // part. 37 KB and more are on their way to a multiprocessor at any time: 1 us of its share of the bandwidth. Keys that are pages'
 // whole tiles come by tensor map; others by 16-byte copies of each thread. FP8: codes become bf16, exactly; the scales multiply
@@ -80,7 +80,6 @@ struct MlaShared : MlaSteps {  // the scores' first thread steps, as registers a
     float rescale[2][MLA_ROWS], finish[2][MLA_ROWS];                  // factors of the outputs before a tile, and at the end
     float scales[2][4][MLA_KEYS];                                     // of 128 codes of a key
     int odd[2];               // the tile's page is none
-    int ahead[2];             // the next tile has come before this one's softmax
     float odd_key[MLA_KEYS];  // NaN: of a key with a value that is none
     MlaNote note[2];
     MlaTiles tiles[4];        // of each warp that copies
@@ -124,10 +123,14 @@ __device__ void load_mapped(const MlaArgs& a, const CUtensorMap* map, unsigned c
         for (int t = s.first; t < end; ++t, ++j) {
             const int ahead = (t - s.first) % 32, slot = j & 1;
             if (ahead == 0) pages = t + lane < end ? a.table[int64_t(s.seq) * a.n + int64_t(t + lane) * MLA_KEYS / a.page] : 0;
-            const int page = __shfl_sync(0xffffffff, pages, ahead);
+            auto row_of = [&](int page, int t) { return page * a.page + int(int64_t(t) * MLA_KEYS % a.page) + rank * ROWS; };
+            const int page = __shfl_sync(0xffffffff, pages, ahead), later = __shfl_sync(0xffffffff, pages, (ahead + 2) % 32);
             if (lane == 0) {
                 const bool known = page >= 0 && page < a.p;
-                const int row = (known ? page * a.page : 0) + int(int64_t(t) * MLA_KEYS % a.page) + rank * ROWS;
+                const int row = row_of(known ? page : 0, t);
+                // Into L2 two tiles before: the ring is too short to hide memory's latency.
+                if (ahead < 30 && t + 2 < end && later >= 0 && later < a.p)
+                    for (int i = 0; i < 9; ++i) tma_prefetch(map, i * 64, row_of(later, t + 2));
 #pragma unroll
                 for (int third = 0; third < THIRDS; ++third) {
                     const int first = third * 4, panels = third < 2 ? 4 : 1;
@@ -258,9 +261,6 @@ __device__ inline void load_fp8(const MlaArgs& a, unsigned char* slots, MlaShare
 template <Cache CACHE, int CLUSTER>
 __global__ void __launch_bounds__(512, 1)
     mla_decode_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap cache_map, const MlaArgs a) {
-    // Registers of a thread by its warpgroup.
-    constexpr int COPIES = CACHE == Cache::paged_tma ? 40 : 72, OUTPUTS = CACHE == Cache::fp8 ? 168 : 160;
-    constexpr int SCORES = 512 - COPIES - 2 * OUTPUTS;
     KN_SHARED(memory);
     unsigned char* const queries = memory + (-shared_address(memory) & 1023);
     unsigned char* const slots = queries + TILE;
@@ -289,13 +289,12 @@ __global__ void __launch_bounds__(512, 1)
     if (CLUSTER > 1) cluster_sync();  // a block's barriers are there before its neighbour arrives at them
 
     if (role == 0) {  // copies keys
-        registers_less<COPIES>();
+        registers_less<CACHE == Cache::fp8 ? 72 : 96>();
         if constexpr (CACHE == Cache::fp8) load_fp8(a, slots, m, warp, lane);
         else if constexpr (CACHE == Cache::paged) load_gathered(a, slots, m, warp, lane);
         else if (warp == 0) load_mapped<CLUSTER>(a, &cache_map, slots, m, lane, rank);
     } else if (role == 1) {  // scores and weights
-        if constexpr (SCORES > 128) registers_more<SCORES>();
-        else registers_less<SCORES>();
+        registers_less<CACHE == Cache::fp8 ? 104 : 96>();
         auto load_queries = [&](int turn) {
             const MlaSegment& s = m.segment[turn & 1];
             if (local || s.seq < 0) return;
@@ -303,7 +302,7 @@ __global__ void __launch_bounds__(512, 1)
             for (int i = 0; i < 9; ++i)
                 tma_load(queries + i * PANEL, &q_map, &m.queries, i * 64, s.seq * a.rows + (s.group * CLUSTER + rank) * MLA_ROWS);
         };
-        const uint64_t q = descriptor(uniform(shared_address(queries)), 1024);
+        const uint32_t first = shared_address(queries);
         load_queries(0);
         int j = 0;
         for (int turn = 0; m.segment[turn & 1].seq >= 0; ++turn) {
@@ -320,53 +319,38 @@ __global__ void __launch_bounds__(512, 1)
                     for (int i = local; i < min(MLA_ROWS, a.rows - row0) * 64; i += 128)
                         reinterpret_cast<uint4*>(a.out + (int64_t(s.seq) * a.rows + row0) * 512)[i] = uint4{0, 0, 0, 0};
             }
-            auto arrived = [&](int j, int third) {
-                barrier_wait(&m.full[j & 1][third], j >> 1 & 1);
-                if (CACHE != Cache::paged_tma) fence_async();  // threads wrote it, tensor cores read it
-            };
-            auto multiply = [&](float (&to)[32], int j, int panel, int panels, bool add) {
-                const uint64_t k = descriptor_at(q, uint32_t(TILE + (j & 1) * TILE));
-#pragma unroll
-                for (int i = 0; i < panels * 4; ++i) {
-                    const uint32_t at = uint32_t((panel + i / 4) * PANEL + i % 4 * 32);
-                    wgmma_bf16<64>(to, descriptor_at(q, at), descriptor_at(k, at), add || i > 0);
-                }
-            };
-            float products[32];  // of a bf16 tile's keys with the queries
-            auto begin = [&](int j) {
-                hold(products);
-#pragma unroll
-                for (int third = 0; third < THIRDS; ++third) {
-                    arrived(j, third);
-                    wgmma_fence();
-                    multiply(products, j, third * 4, third < 2 ? 4 : 1, third > 0);
-                }
-                wgmma_commit();
-            };
-            auto finish = [&] {
-                wgmma_wait<0>();
-                hold(products);
-            };
-            if (CACHE != Cache::fp8 && s.first < end) begin(j), finish();
             for (int t = s.first; t < end; ++t, ++j) {
                 const int slot = j & 1;
                 unsigned char* const tile = slots + slot * TILE;
+                // Anew for each tile: kept, the descriptors of all products would fill the registers.
+                const uint64_t q = descriptor(uniform(first), 1024), k = descriptor_at(q, uint32_t(TILE + slot * TILE));
+                auto arrived = [&](int third) {
+                    barrier_wait(&m.full[slot][third], j >> 1 & 1);
+                    if (CACHE != Cache::paged_tma) fence_async();  // threads wrote it, tensor cores read it
+                };
+                auto multiply = [&](float (&to)[32], int panel, int panels, bool add) {
+#pragma unroll
+                    for (int i = 0; i < panels * 4; ++i) {
+                        const uint32_t at = uint32_t((panel + i / 4) * PANEL + i % 4 * 32);
+                        wgmma_bf16<64>(to, descriptor_at(q, at), descriptor_at(k, at), add || i > 0);
+                    }
+                };
                 float d[32];
                 if constexpr (CACHE == Cache::fp8) {
                     hold(d);
-                    arrived(j, 2);
+                    arrived(2);
                     wgmma_fence();
-                    multiply(d, j, 8, 1, false);
+                    multiply(d, 8, 1, false);
                     wgmma_commit();
                     wgmma_wait<0>();
                     hold(d);
 #pragma unroll 1
                     for (int g = 0; g < 4; ++g) {
-                        if (g % 2 == 0) arrived(j, g / 2);
+                        if (g % 2 == 0) arrived(g / 2);
                         float codes[32];
                         hold(codes);
                         wgmma_fence();
-                        multiply(codes, j, 2 * g, 2, false);
+                        multiply(codes, 2 * g, 2, false);
                         wgmma_commit();
                         wgmma_wait<0>();
                         hold(codes);
@@ -377,20 +361,23 @@ __global__ void __launch_bounds__(512, 1)
                             for (int r = 0; r < 4; ++r) d[i + r] = fmaf(codes[i + r], r % 2 ? by.y : by.x, d[i + r]);
                         }
                     }
-#pragma unroll
-                    for (int i = 0; i < 32; ++i) d[i] *= a.factor;
                 } else {
+                    hold(d);
 #pragma unroll
-                    for (int i = 0; i < 32; ++i) d[i] = products[i] * a.factor;
-                    if (local == 0 && t + 1 < end) {
-                        bool here = true;
-                        for (int third = 0; third < THIRDS; ++third) here &= barrier_test(&m.full[slot ^ 1][third], (j + 1) >> 1 & 1);
-                        m.ahead[slot] = here;
+                    for (int third = 0; third < THIRDS; ++third) {
+                        arrived(third);
+                        wgmma_fence();
+                        multiply(d, third * 4, third < 2 ? 4 : 1, third > 0);
                     }
+                    wgmma_commit();
+                    wgmma_wait<0>();
+                    hold(d);
                 }
+#pragma unroll
+                for (int i = 0; i < 32; ++i) d[i] *= a.factor;
                 part_sync(1, 128);  // all warps have read the queries and the tile's last panel
                 if (t + 1 == end) load_queries(turn + 1);
-                auto weigh = [&] {
+
                 const int base = t * MLA_KEYS;
                 if (CACHE == Cache::paged_tma && m.odd[slot]) {
 #pragma unroll
@@ -478,15 +465,6 @@ __global__ void __launch_bounds__(512, 1)
                 fence_async();
                 __syncwarp();
                 if (lane == 0) barrier_arrive(&m.weights[slot]);
-                };
-                // The next tile's products run under these weights where its keys are here.
-                if (CACHE == Cache::fp8 || t + 1 == end) {
-                    weigh();
-                } else if (m.ahead[slot]) {
-                    begin(j + 1), weigh(), finish();
-                } else {
-                    weigh(), begin(j + 1), finish();
-                }
             }
             if (lane % 4 == 0)
                 for (int r = 0; r < 2; ++r) {
@@ -506,7 +484,7 @@ __global__ void __launch_bounds__(512, 1)
         __syncwarp();
         if (lane == 0) barrier_arrive(&m.weights[j & 1]);
     } else {  // outputs: 256 columns each
-        registers_more<OUTPUTS>();
+        registers_more<CACHE == Cache::fp8 ? 168 : 160>();
         const int half = role - 2;
         const uint32_t first = uniform(shared_address(slots));
         const uint64_t bf16_weights = descriptor(first + 8 * PANEL, 1024);

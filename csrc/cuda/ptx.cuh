@@ -70,6 +70,10 @@ __device__ __forceinline__ void tma_load_multicast(void* to, const CUtensorMap* 
         "l"(map), "r"(shared_address(bar)), "r"(c0), "r"(c1), "h"(blocks), "l"(policy)
         : "memory");
 }
+// What tma_load would copy, into L2.
+__device__ __forceinline__ void tma_prefetch(const CUtensorMap* map, int c0, int c1) {
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(c0), "r"(c1) : "memory");
+}
 // The 128 bytes around `from` in global memory into L2. cp.async.bulk.prefetch takes one lane after the other.
 __device__ __forceinline__ void prefetch_l2(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory"); }
 

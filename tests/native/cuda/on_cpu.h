@@ -612,6 +612,9 @@ inline void tma_load_multicast(void* to, const CUtensorMap* map, uint64_t* bar, 
                                uint64_t = EVICT_NORMAL) {
     cpu::load(to, map, bar, c0, c1, blocks);
 }
+inline void tma_prefetch(const CUtensorMap* map, int, int c1) {
+    if (c1 < 0 || uint64_t(c1) >= cpu::open(map).dims[1]) cpu::fail("tma_prefetch: no such row");
+}
 inline void prefetch_l2(const void* from) { static_cast<void>(*static_cast<const volatile unsigned char*>(from)); }  // it is there
 inline void fence_async() {}
 
