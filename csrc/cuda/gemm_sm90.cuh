@@ -4,9 +4,10 @@
 // their scales; the other two warpgroups multiply. Tensor cores keep about 14 bits of a sum, so each 128 products of k are
 // promoted to f32 sums in registers, scaled, while the other warpgroup's products run. Many tokens: 256 x 128 tiles, for which
 // two blocks of a cluster load each half of the shared rows and hand it to both: 33 bytes a cycle from L2 for 8543 FLOP, where
-// 128 x 128 alone would want 66. Their results go by way of shared memory to two warps that store them under the next tile's
-// products: all blocks end a tile at about the same time, and would wait for memory together. Few tokens: the weights take the 64-row slot; k is split over the blocks of a cluster until all
-// multiprocessors load, and the sums meet in shared memory.
+// 128 x 128 alone would want 66. Results go by way of shared memory to two warps that store them under the next tile's products:
+// all blocks end a tile at about the same time and would wait for memory together (k = 512: 194 us, so 148 to 171). Few tokens:
+// the weights take the 64-row slot; k is split over the blocks of a cluster until all multiprocessors load, and the sums meet in
+// shared memory.
 #pragma once
 #include "gemm_plan.h"
 #include "ptx.cuh"
@@ -74,8 +75,10 @@ __device__ __forceinline__ void store_swapped(const GemmArgs& p, const GemmJob& 
 
 // `count` rows of a tile in bf16 from `row` of the staging on, those and the columns that are inside; a warp.
 template <int Y, int PITCH>
-__device__ inline void store_rows(const GemmArgs& p, const GemmJob& job, const unsigned char* staging, int row, int count, int lane) {
-    constexpr int CHUNKS = Y / 8, AT_ONCE = 32 / CHUNKS, BATCH = 8;  // of 16 bytes in a row; rows of a warp's copy; copies under way
+__device__ inline void store_rows(const GemmArgs& p, const GemmJob& job, const unsigned char* staging, int row, int count,
+                                  int lane) {
+    // Of 16 bytes in a row; rows that a warp copies at once; such copies under way.
+    constexpr int CHUNKS = Y / 8, AT_ONCE = 32 / CHUNKS, BATCH = 8;
     uint16_t* const c = static_cast<uint16_t*>(p.c) + int64_t(job.row) * p.n + job.col;
     const int rows = min(count, job.end - job.row - row), columns = p.n - job.col;
     if (p.n % 8 == 0) {
@@ -222,8 +225,10 @@ template <bool SWAPPED, int WAVES, int Y, int CLUSTER, bool GROUPED> __global__ 
         const int mine = thread - 128, part = group - 1;  // thread of the 256, warpgroup
         const int local = mine % 128;
         // As numbers that the compiler does not make anew each step.
-        const uint32_t ring = uniform(shared_address(tiles)), arrived = uniform(shared_address(full));
-        const uint64_t x_first = descriptor(ring + uint32_t(part * WAVES * 64 * 128), 1024), y_first = descriptor(ring + X * 128, 1024);
+        const uint32_t ring = uniform(shared_address(tiles)), arrived = uniform(shared_address(full)),
+                       freed = uniform(shared_address(empty));
+        const uint64_t x_first = descriptor(ring + uint32_t(part * WAVES * 64 * 128), 1024);
+        const uint64_t y_first = descriptor(ring + X * 128, 1024);
         int turn = 0;
         for (int index = first;; index += step, ++turn) {
             const GemmJob job = job_at<GROUPED>(T, p, starts, index, CLUSTER > 1 ? rank : 0);
@@ -245,7 +250,8 @@ template <bool SWAPPED, int WAVES, int Y, int CLUSTER, bool GROUPED> __global__ 
                     wgmma_fence();
 #pragma unroll
                     for (int i = 0; i < 4; ++i)
-                        wgmma_e4m3<Y>(d, descriptor_at(x, uint32_t(w * 64 * 128 + i * 32)), descriptor_at(y, uint32_t(i * 32)), i > 0);
+                        wgmma_e4m3<Y>(d, descriptor_at(x, uint32_t(w * 64 * 128 + i * 32)), descriptor_at(y, uint32_t(i * 32)),
+                                      i > 0);
                     wgmma_commit();
                     if (w == 0) {  // under the products, which wait for no more than their operands
                         w0 = s[T.tokens()], w1 = s[T.tokens() + 1];
@@ -269,7 +275,7 @@ template <bool SWAPPED, int WAVES, int Y, int CLUSTER, bool GROUPED> __global__ 
                     if (w == WAVES - 1) {
                         __syncwarp();
                         if (CLUSTER == 1 ? lane == 0 : lane < CLUSTER) {
-                            if (CLUSTER == 1 || lane == rank) barrier_arrive(arrived + uint32_t((STAGES + at.slot) * 8));
+                            if (CLUSTER == 1 || lane == rank) barrier_arrive(freed + uint32_t(at.slot * 8));
                             else barrier_arrive_remote(empty + at.slot, lane);
                         }
                     }

@@ -188,9 +188,10 @@ __device__ inline void mla_join(const MlaArgs& a, const MlaCut& cut, int first, 
                 // A part that has seen no key has written nothing; the weight of NaN sums is NaN, or they have made `total` NaN.
                 weight[k] = i + k * ways < count ? weights[i + k * ways] : 0;
 #pragma unroll
-                for (int n = 0; n < QUARTERS; ++n)
-                    o[k][n] = weight[k] == 0 ? float4{0, 0, 0, 0}
-                                             : *reinterpret_cast<const float4*>(a.partial + place(i + k * ways) * 512 + column + n * 128);
+                for (int n = 0; n < QUARTERS; ++n) {
+                    const float* const from = a.partial + place(i + k * ways) * 512 + column + n * 128;
+                    o[k][n] = weight[k] == 0 ? float4{0, 0, 0, 0} : *reinterpret_cast<const float4*>(from);
+                }
             }
 #pragma unroll
             for (int k = 0; k < AT_ONCE; ++k)
@@ -214,7 +215,8 @@ __device__ inline void mla_join(const MlaArgs& a, const MlaCut& cut, int first, 
             const float log = top + log2f(total), finish = finish_of(a, head, total, log);
 #pragma unroll
             for (int n = 0; n < QUARTERS; ++n) {
-                const uint2 result = {pack_bf16(sum[n].x * finish, sum[n].y * finish), pack_bf16(sum[n].z * finish, sum[n].w * finish)};
+                const uint2 result = {pack_bf16(sum[n].x * finish, sum[n].y * finish),
+                                      pack_bf16(sum[n].z * finish, sum[n].w * finish)};
                 *reinterpret_cast<uint2*>(a.out + (int64_t(cut.seq) * a.rows + first + row) * 512 + column + n * 128) = result;
             }
             if (column == 0)

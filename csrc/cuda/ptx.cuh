@@ -33,20 +33,12 @@ __device__ __forceinline__ void barrier_expect(uint64_t* bar, uint32_t bytes) {
 }
 // Waits for the end of the phase of this parity: 0 for the first, 1 for the second, and so on in turn.
 __device__ __forceinline__ void barrier_wait(uint32_t bar, uint32_t parity) {
-    asm volatile("{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again; }" ::"r"(bar),
-                 "r"(parity)
+    asm volatile("{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again; }"
+                 :
+                 : "r"(bar), "r"(parity)
                  : "memory");
 }
 __device__ __forceinline__ void barrier_wait(uint64_t* bar, uint32_t parity) { barrier_wait(shared_address(bar), parity); }
-// Whether that phase has ended.
-__device__ __forceinline__ bool barrier_test(uint64_t* bar, uint32_t parity) {
-    uint32_t done;
-    asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                 : "=r"(done)
-                 : "r"(shared_address(bar)), "r"(parity)
-                 : "memory");
-    return done != 0;
-}
 
 // ---- copies by tensor map; destinations are aligned to 128 bytes (1024 under the 128-byte swizzle)
 
@@ -69,10 +61,6 @@ __device__ __forceinline__ void tma_load_multicast(void* to, const CUtensorMap* 
         "[%0], [%1, {%3, %4}], [%2], %5, %6;" ::"r"(shared_address(to)),
         "l"(map), "r"(shared_address(bar)), "r"(c0), "r"(c1), "h"(blocks), "l"(policy)
         : "memory");
-}
-// What tma_load would copy, into L2.
-__device__ __forceinline__ void tma_prefetch(const CUtensorMap* map, int c0, int c1) {
-    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(c0), "r"(c1) : "memory");
 }
 // The 128 bytes around `from` in global memory into L2. cp.async.bulk.prefetch takes one lane after the other.
 __device__ __forceinline__ void prefetch_l2(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory"); }

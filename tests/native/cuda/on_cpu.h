@@ -574,7 +574,6 @@ inline void barrier_wait(uint64_t* bar, uint32_t parity) {
 inline uint64_t* barrier_at(uint32_t address) { return reinterpret_cast<uint64_t*>(cpu::here().shared() + (address - cpu::BASE)); }
 inline void barrier_arrive(uint32_t bar) { barrier_arrive(barrier_at(bar)); }
 inline void barrier_wait(uint32_t bar, uint32_t parity) { barrier_wait(barrier_at(bar), parity); }
-inline bool barrier_test(uint64_t* bar, uint32_t parity) { return uint32_t(cpu::open(bar).state & 1) != parity; }
 
 static constexpr uint64_t EVICT_FIRST = 0x12f0000000000000, EVICT_NORMAL = 0x1000000000000000;
 
@@ -611,9 +610,6 @@ inline void tma_load(void* to, const CUtensorMap* map, uint64_t* bar, int c0, in
 inline void tma_load_multicast(void* to, const CUtensorMap* map, uint64_t* bar, int c0, int c1, uint16_t blocks,
                                uint64_t = EVICT_NORMAL) {
     cpu::load(to, map, bar, c0, c1, blocks);
-}
-inline void tma_prefetch(const CUtensorMap* map, int, int c1) {
-    if (c1 < 0 || uint64_t(c1) >= cpu::open(map).dims[1]) cpu::fail("tma_prefetch: no such row");
 }
 inline void prefetch_l2(const void* from) { static_cast<void>(*static_cast<const volatile unsigned char*>(from)); }  // it is there
 inline void fence_async() {}
