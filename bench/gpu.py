@@ -376,7 +376,7 @@ def main(ops=None, folder=None, peers=True, console=None, start=0, without=()):
     path = Path(folder or "out") / f"{key}.jsonl"
     progress = Progress(TextColumn("{task.description:<62.62}"), BarColumn(15), MofNCompleteColumn(), TimeElapsedColumn(),
                         console=console, transient=True)
-    at, actor = 0, ""
+    at, actor, measured = 0, "", todo[start][0] if todo[start:] else None
 
     def finish():
         progress.stop()
@@ -411,6 +411,8 @@ def main(ops=None, folder=None, peers=True, console=None, start=0, without=()):
                 progress.update(task, description=f"{title}: {name}")
 
             begin()
+            if op is not measured:  # a card at its power limit is the slower the longer it has worked
+                limits, measured = ceilings(), op
             done.append(bench_case(op, kernel, case, drawn, limits, module, tick, without))
             if not done[-1]["failed"]:
                 run.write([record(done[-1], key, meta)], path)  # at once, whatever comes

@@ -341,6 +341,18 @@ def test_a_broken_gpu_costs_one_kernel_alone(peers, bench_without_gpu, monkeypat
         (op.name, k.name, case) for op, k, case in expected if (op.name, k.name) != ("moe_route", "cuda")]
 
 
+def test_each_op_has_ceilings_of_its_time(bench_without_gpu, monkeypatch, tmp_path):
+    """Measured before its first row: a card that has worked for minutes is slower than at the start."""
+    gpu, _ = bench_without_gpu
+    found, given = iter([{"bytes_copy": 3.0}, {"bytes_copy": 2.0}]), []
+    monkeypatch.setattr(gpu, "ceilings", lambda: next(found))
+    case = gpu.bench_case
+    monkeypatch.setattr(gpu, "bench_case", lambda op, kernel, row, drawn, limits, *more: (
+        given.append((op.name, limits["bytes_copy"])), case(op, kernel, row, drawn, limits, *more))[1])
+    gpu.main(["moe_route", "moe_combine"], tmp_path, False)
+    assert set(given) == {("moe_route", 3.0), ("moe_combine", 2.0)}
+
+
 @pytest.mark.parametrize("who", ["triton", "a peer"])
 def test_a_kernel_that_hangs_costs_itself_alone(who, bench_without_gpu, monkeypatch, tmp_path, capsys):
     import threading
