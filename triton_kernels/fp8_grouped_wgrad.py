@@ -13,7 +13,7 @@ from kernomics.triton_kernels.gemm import groups_of, place
 
 def tile(dims, chip):
     """Rows of a step (a divisor of 128), rows and columns of a gradient's tile, warps, stages. bench/tiles/h200.jsonl: the
-    quickest of eight for 8, 128 to 512 and 1024 rows a group, within 4 % for 4096. Other chips are unmeasured.
+    quickest of seven for 8 rows a group, of eight for 128 to 4096. Other chips are unmeasured.
 
     Several tiles to a multiprocessor, so that one's loads run beside another's stores: small ones for few rows. Where 16 does
     not divide rows, elements come one by one, with an address each: small tiles.

@@ -253,8 +253,9 @@ def e4m3_on_sm90(dims, chip):
 
 
 def options_of(bm, dims, chip):
-    """Options of a kernel that takes tiles of ``bm`` rows of a: 16, 32, 64 or 128. Unmeasured but for e4m3 on sm90,
-    groups of rows among them (bench/tiles/h200.jsonl).
+    """Options of a kernel that takes tiles of ``bm`` rows of a: 16, 32, 64 or 128. Unmeasured but on sm90
+    (bench/tiles/h200.jsonl): e4m3, groups of rows among them, and groups of 1 and 32 rows of bf16 with e4m3, each within
+    1 % of the quickest of sixteen.
 
     Up to 32 rows, where weights are all the traffic, weights lie on the long side of the matrix instruction and no more than
     16 or 32 of its columns are tokens; so they do where they are decoded, as that side may come from registers (on AMD all
@@ -276,8 +277,8 @@ def options_of(bm, dims, chip):
     if chip.amd:
         return options | {"num_stages": 2}
     if chip.family == "sm90" and dims["a_bytes"] > dims["b_bytes"] and bm <= 64:
-        return options | {"BN": 64 if bm == 16 else 128, "BK": 128, **({"num_warps": 8, "num_stages": 3} if bm == 64 else
-                                                                      {"num_warps": 4, "num_stages": 4})}
+        warps, stages = (8, 3) if bm == 64 else (4, 4)
+        return options | {"BN": 64 if bm == 16 else 128, "BK": 128, "num_warps": warps, "num_stages": stages}
     if bm <= 32:
         return options | {"TMA": bm == 16 and e4m3_on_sm90(dims, chip), "num_stages": 4 if chip.shared < 128 << 10 else 5}
     if bm == 64 and e4m3_on_sm90(dims, chip):

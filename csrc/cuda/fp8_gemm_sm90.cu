@@ -17,7 +17,8 @@ void fp8_gemm_sm90(const Fp8Gemm& p, GemmPlan plan, cudaStream_t stream) {
                            p.b_scale.as<const float>(), nullptr, p.c.data, int(m), int(n), int(k), int(up(k, 128)), 1,
                            plan.splits, f32, k % 16 == 0};
     constexpr int COUNT = sizeof DENSE_TILES / sizeof *DENSE_TILES;
-    if (plan.tile < 0 || plan.tile >= COUNT || plan.splits < 1 || plan.splits > (DENSE_TILES[plan.tile].swapped ? MOST_SPLITS : 1))
+    if (plan.tile < 0 || plan.tile >= COUNT || plan.splits < 1 ||
+        plan.splits > (DENSE_TILES[plan.tile].swapped ? MOST_SPLITS : 1))
         throw std::invalid_argument("fp8_gemm_sm90: no such tile or split");
     launch_tile<DENSE_TILES, false>(plan.tile, "fp8_gemm_sm90", args, stream, std::make_integer_sequence<int, COUNT>());
 }

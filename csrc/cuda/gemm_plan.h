@@ -33,7 +33,9 @@ struct GemmTile {
         return int(least((budget() - 1024 - 256 - staging_bytes()) / stage_bytes(), 8));
     }
     __host__ __device__ constexpr int shared_bytes(int e = 0) const {
-        return 1024 + stages() * (stage_bytes() + 16) + staging_bytes() + 32 + (e ? (e + 2) * 4 : 0);
+        constexpr int BARRIER = 8, OF_STAGE = 2, OF_STAGING = 4;
+        return 1024 + stages() * (stage_bytes() + OF_STAGE * BARRIER) + staging_bytes() + OF_STAGING * BARRIER +
+               (e ? (e + 2) * 4 : 0);
     }
 };
 

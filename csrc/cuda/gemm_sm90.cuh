@@ -119,7 +119,7 @@ template <bool SWAPPED, int WAVES, int Y, int CLUSTER, bool GROUPED> __global__ 
     unsigned char* const staging = reinterpret_cast<unsigned char*>(scales + STAGES * SCALES);
     uint64_t* const full = reinterpret_cast<uint64_t*>(staging + T.staging_bytes());
     uint64_t* const empty = full + STAGES;
-    uint64_t *const given = empty + STAGES, *const taken = given + 2;  // staged results of each warpgroup, for the warp that stores
+    uint64_t *const given = empty + STAGES, *const taken = given + 2;  // each warpgroup's results, for the warp that stores
     int* const starts = reinterpret_cast<int*>(taken + 2);  // first tile of each group, of the rows past them, and the end
 
     const int thread = int(threadIdx.x), warp = uniform(thread / 32), lane = thread % 32, group = warp / 4;
@@ -225,8 +225,8 @@ template <bool SWAPPED, int WAVES, int Y, int CLUSTER, bool GROUPED> __global__ 
         const int mine = thread - 128, part = group - 1;  // thread of the 256, warpgroup
         const int local = mine % 128;
         // As numbers that the compiler does not make anew each step.
-        const uint32_t ring = uniform(shared_address(tiles)), arrived = uniform(shared_address(full)),
-                       freed = uniform(shared_address(empty));
+        const uint32_t ring = uniform(shared_address(tiles));
+        const uint32_t arrived = uniform(shared_address(full)), freed = arrived + STAGES * 8;
         const uint64_t x_first = descriptor(ring + uint32_t(part * WAVES * 64 * 128), 1024);
         const uint64_t y_first = descriptor(ring + X * 128, 1024);
         int turn = 0;

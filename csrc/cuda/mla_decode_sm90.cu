@@ -245,7 +245,7 @@ __device__ inline void load_fp8(const MlaArgs& a, unsigned char* slots, MlaShare
             else if (more) fetch(j + 1, g - 2);
             if (g == 0 && more) {
 #pragma unroll 1
-                for (int i = lane; i < 16 * 6; i += 32) {
+                for (int i = lane; i < 16 * 6; i += 32) {  // six lines a key
                     const int ahead = tiles.token[(j + 1) & 1][i / 6];
                     if (ahead >= 0) prefetch_l2(a.cache + int64_t(ahead) * 656 + i % 6 * 128);
                 }
@@ -298,7 +298,7 @@ __global__ void __launch_bounds__(512, 1)
             for (int i = 0; i < 9; ++i)
                 tma_load(queries + i * PANEL, &q_map, &m.queries, i * 64, s.seq * a.rows + (s.group * CLUSTER + rank) * MLA_ROWS);
         };
-        const uint32_t first = shared_address(queries);
+        const uint32_t queries_at = shared_address(queries);
         load_queries(0);
         int j = 0;
         for (int turn = 0; m.segment[turn & 1].seq >= 0; ++turn) {
@@ -319,7 +319,7 @@ __global__ void __launch_bounds__(512, 1)
                 const int slot = j & 1;
                 unsigned char* const tile = slots + slot * TILE;
                 // Anew for each tile: kept, the descriptors of all products would fill the registers.
-                const uint64_t q = descriptor(uniform(first), 1024), k = descriptor_at(q, uint32_t(TILE + slot * TILE));
+                const uint64_t q = descriptor(uniform(queries_at), 1024), k = descriptor_at(q, uint32_t(TILE + slot * TILE));
                 auto arrived = [&](int third) {
                     barrier_wait(&m.full[slot][third], j >> 1 & 1);
                     if (CACHE != Cache::paged_tma) fence_async();  // threads wrote it, tensor cores read it
@@ -332,8 +332,8 @@ __global__ void __launch_bounds__(512, 1)
                     }
                 };
                 float d[32];
+                hold(d);
                 if constexpr (CACHE == Cache::fp8) {
-                    hold(d);
                     arrived(2);
                     wgmma_fence();
                     multiply(d, 8, 1, false);
@@ -358,7 +358,6 @@ __global__ void __launch_bounds__(512, 1)
                         }
                     }
                 } else {
-                    hold(d);
 #pragma unroll
                     for (int third = 0; third < THIRDS; ++third) {
                         arrived(third);
@@ -482,9 +481,9 @@ __global__ void __launch_bounds__(512, 1)
     } else {  // outputs: 256 columns each
         registers_more<CACHE == Cache::fp8 ? 168 : 160>();
         const int half = role - 2;
-        const uint32_t first = uniform(shared_address(slots));
-        const uint64_t bf16_weights = descriptor(first + 8 * PANEL, 1024);
-        const uint64_t values = descriptor(first + uint32_t(half * 4 * PANEL), 1024, PANEL);
+        const uint32_t slots_at = uniform(shared_address(slots));
+        const uint64_t bf16_weights = descriptor(slots_at + 8 * PANEL, 1024);
+        const uint64_t values = descriptor(slots_at + uint32_t(half * 4 * PANEL), 1024, PANEL);
         float o[2][64];  // 128 columns an instruction: of 512 threads none may name 128 registers in one
         for (int j = 0;; ++j) {
             const int slot = j & 1;

@@ -71,12 +71,14 @@ def test_fragments():
 
 
 def test_every_dense_tile():
-    """Sizes beyond one tile and one ring in each dim, rows that a tensor map addresses (k 16 i) or not, both types."""
+    """Sizes beyond one tile and one ring in each dim, rows that a tensor map addresses (k 16 i) or not, stored 8 columns
+    at a time or one (n odd), both types."""
     op = OPS["fp8_gemm"]
     for tile, (swapped, x, y, _, stages, _) in enumerate(_cuda.gemm_tiles(False)):
         tokens, weights = (y, x) if swapped else (x, y)
         sizes = [(tokens + 3, 2 * weights + 24, (stages + 2) * 128 - 32, 1, "bf16"),
-                 (tokens + 1, weights + 5, 128 + 48, 1, "f32"), (5, weights - 3, 300, 1, "bf16")]
+                 (tokens + 1, weights + 5, 128 + 48, 1, "f32"), (5, weights - 3, 300, 1, "bf16"),
+                 (tokens + 3, 2 * weights + 5, 3 * 128, 1, "bf16")]
         if swapped:
             sizes += [(tokens, 3 * weights + 8, 9 * 128, 8, "f32"), (tokens + 2, weights + 8, 5 * 128, 2, "bf16"),
                       (tokens + 9, weights + 16, 3 * 128 + 5, 4, "bf16")]
@@ -96,7 +98,7 @@ def test_every_grouped_tile():
     for tile, (swapped, x, y, _, _, _) in enumerate(_cuda.gemm_tiles(True)):
         tokens, weights = (y, x) if swapped else (x, y)
         rows = [0, 1, tokens + 3, 0, 7, tokens - 1, 0]
-        for n, k in ((weights + 24, 384), (weights - 3, 200)):
+        for n, k in ((weights + 24, 384), (weights - 3, 200), (weights + 5, 144)):
             t, e = sum(rows) + 5, len(rows)
             inputs, scalars = numpy_ops.sample(op, Case(t=t, e=e, n=n, k=k))
             inputs["offsets"] = np.concatenate([[0], np.cumsum(rows)]).astype(np.int32)

@@ -571,7 +571,9 @@ inline void barrier_wait(uint64_t* bar, uint32_t parity) {
     if (parity > 1) cpu::fail("a parity is 0 or 1");
     cpu::wait_until("barrier_wait", [=] { return uint32_t(cpu::open(bar).state & 1) != parity; });
 }
-inline uint64_t* barrier_at(uint32_t address) { return reinterpret_cast<uint64_t*>(cpu::here().shared() + (address - cpu::BASE)); }
+inline uint64_t* barrier_at(uint32_t address) {
+    return reinterpret_cast<uint64_t*>(cpu::here().shared() + (address - cpu::BASE));
+}
 inline void barrier_arrive(uint32_t bar) { barrier_arrive(barrier_at(bar)); }
 inline void barrier_wait(uint32_t bar, uint32_t parity) { barrier_wait(barrier_at(bar), parity); }
 
@@ -611,7 +613,9 @@ inline void tma_load_multicast(void* to, const CUtensorMap* map, uint64_t* bar, 
                                uint64_t = EVICT_NORMAL) {
     cpu::load(to, map, bar, c0, c1, blocks);
 }
-inline void prefetch_l2(const void* from) { static_cast<void>(*static_cast<const volatile unsigned char*>(from)); }  // it is there
+inline void prefetch_l2(const void* from) {
+    static_cast<void>(*static_cast<const volatile unsigned char*>(from));  // such memory must be there
+}
 inline void fence_async() {}
 
 namespace cpu {
